@@ -100,9 +100,7 @@ class VGGBase(nn.Module):
         self.pool1 = self.pool2 = self.pool4 = nn.MaxPool2d(2, 2)
         self.pool3 = nn.MaxPool2d(2, 2, ceil_mode=True)  # 75 -> 38, not 37
         self.pool5 = nn.MaxPool2d(3, 1, padding=1)  # keeps 19, where VGG halves
-        self.conv6 = nn.Conv2d(
-            512, 1024, 3, padding=6, dilation=6
-        )  # a trous: the reach of fc6 with fewer weights
+        self.conv6 = nn.Conv2d(512, 1024, 3, padding=6, dilation=6)  # a trous: the reach of fc6 with fewer weights
         self.conv7 = nn.Conv2d(1024, 1024, 1)
 
         if pretrained:
@@ -134,9 +132,7 @@ class VGGBase(nn.Module):
             convolutions = [name for name in pretrained if name.startswith("features.")]
             own = [name for name in self.state_dict() if not name.startswith(("conv6", "conv7"))]
             layers = dict(zip(own, (pretrained[name] for name in convolutions), strict=True))
-            layers["conv6.weight"] = decimate(
-                pretrained["classifier.0.weight"].view(4096, 512, 7, 7), (4, None, 3, 3)
-            )
+            layers["conv6.weight"] = decimate(pretrained["classifier.0.weight"].view(4096, 512, 7, 7), (4, None, 3, 3))
             layers["conv6.bias"] = decimate(pretrained["classifier.0.bias"], (4,))
             layers["conv7.weight"] = decimate(
                 pretrained["classifier.3.weight"].view(4096, 4096, 1, 1), (4, 4, None, None)
@@ -248,9 +244,7 @@ class SSD300(nn.Module):
             centers = [(cell + 0.5) * family["steps"][index] for cell in range(cells)]
             if family["clip_centers"]:
                 centers = [min(center, 1.0) for center in centers]
-            priors += [
-                (c_x, c_y, min(w, 1.0), min(h, 1.0)) for c_y in centers for c_x in centers for w, h in shapes
-            ]
+            priors += [(c_x, c_y, min(w, 1.0), min(h, 1.0)) for c_y in centers for c_x in centers for w, h in shapes]
         return torch.tensor(priors)
 
     @torch.no_grad()
@@ -367,9 +361,7 @@ class MultiBoxLoss(nn.Module):
         # Pad the objects to the same number n for every image; what is no object is a whole-image box.
         sizes = torch.tensor([len(image_boxes) for image_boxes in boxes])
         n_images, n_objects = len(boxes), max(1, int(sizes.max()))
-        boxes = (
-            pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1].to(device).float()
-        )
+        boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1].to(device).float()
         labels = pad_sequence([*labels, labels[0].new_zeros(n_objects)], batch_first=True)[:-1].to(device)
         is_object = torch.arange(n_objects) < sizes[:, None]  # (N, n)
         is_object = is_object.to(device) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)

@@ -91,9 +91,7 @@ def label_color_map(label_map):
     return {
         name: tuple(
             round(255 * part)
-            for part in colorsys.hsv_to_rgb(
-                index * 0.618034 % 1, (1, 0.6)[index // 8 % 2], (1, 0.8)[index // 4 % 2]
-            )
+            for part in colorsys.hsv_to_rgb(index * 0.618034 % 1, (1, 0.6)[index // 8 % 2], (1, 0.8)[index // 4 % 2])
         )
         for name, index in label_map.items()
     }
@@ -118,9 +116,7 @@ def parse_annotation(annotation_path, label_map=label_map):
     try:
         root = ElementTree.parse(annotation_path).getroot()
     except (OSError, ElementTree.ParseError) as error:
-        raise InputError(
-            f"{annotation_path}: cannot read this annotation ({error}); correct or remove it"
-        ) from error
+        raise InputError(f"{annotation_path}: cannot read this annotation ({error}); correct or remove it") from error
 
     objects = {"boxes": [], "labels": [], "difficulties": []}
     # Only direct children count: VOC's <part> elements have names and boxes of their own.
@@ -157,15 +153,11 @@ def _parse_box(element, root, where):
         box.append(int(value) if value.is_integer() else value)
     x_min, y_min, x_max, y_max = box
     if x_min >= x_max or y_min >= y_max:
-        raise InputError(
-            f"{where} has a box without area, {box} in 0-based pixels; correct or remove the object"
-        )
+        raise InputError(f"{where} has a box without area, {box} in 0-based pixels; correct or remove the object")
     for corner, side in ((x_min, "width"), (y_min, "height")):
         size = (root.findtext(f"size/{side}") or "").strip()
         if size.isdecimal() and 0 < int(size) <= corner:
-            raise InputError(
-                f"{where} has a box outside the image's {side} of {size} pixels; correct or remove it"
-            )
+            raise InputError(f"{where} has a box outside the image's {side} of {size} pixels; correct or remove it")
     return box
 
 
@@ -177,18 +169,14 @@ def _read_split(root, split):
         with open(split_file, encoding="utf-8") as file:
             names = [line.split()[0] for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{split_file}: cannot read this split ({error}); {root} must be a VOC folder"
-        ) from error
+        raise InputError(f"{split_file}: cannot read this split ({error}); {root} must be a VOC folder") from error
     if not names:
         raise InputError(f"{split_file}: names no images; add one image name per line")
     for name in names:
         stem = os.path.join(root, "JPEGImages", name)
         image = next((stem + suffix for suffix in IMAGE_SUFFIXES if os.path.isfile(stem + suffix)), None)
         if image is None:
-            raise InputError(
-                f"{stem}.jpg: no such image, though {split_file} names it; add it or drop the line"
-            )
+            raise InputError(f"{stem}.jpg: no such image, though {split_file} names it; add it or drop the line")
         yield image, os.path.join(root, "Annotations", f"{name}.xml")
 
 
@@ -228,24 +216,17 @@ def read_data_lists(data_folder, split):
     :raises InputError: naming the file, when one is missing or of another shape
     """
     label_file, image_file, object_file = (
-        os.path.join(data_folder, name)
-        for name in ("label_map.json", f"{split}_images.json", f"{split}_objects.json")
+        os.path.join(data_folder, name) for name in ("label_map.json", f"{split}_images.json", f"{split}_objects.json")
     )
     label_map, images, objects = (read_json(path) for path in (label_file, image_file, object_file))
     check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
-        raise InputError(
-            f"{image_file}: expected a list of image paths, one or more; run create_data_lists.py again"
-        )
+        raise InputError(f"{image_file}: expected a list of image paths, one or more; run create_data_lists.py again")
     if not isinstance(objects, list) or len(objects) != len(images):
-        raise InputError(
-            f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again"
-        )
+        raise InputError(f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again")
     for path, entry in zip(images, objects, strict=True):
         if not _is_valid_entry(entry, len(label_map)):
-            raise InputError(
-                f"{object_file}: the objects of {path} are not valid; run create_data_lists.py again"
-            )
+            raise InputError(f"{object_file}: the objects of {path} are not valid; run create_data_lists.py again")
     return images, objects, label_map
 
 
@@ -254,10 +235,7 @@ def _is_valid_entry(entry, n_classes):
     try:
         boxes, labels, difficulties = entry["boxes"], entry["labels"], entry["difficulties"]
         return len(boxes) == len(labels) == len(difficulties) and all(
-            0 <= x_min < x_max < math.inf
-            and 0 <= y_min < y_max < math.inf
-            and 0 < label < n_classes
-            and flag in (0, 1)
+            0 <= x_min < x_max < math.inf and 0 <= y_min < y_max < math.inf and 0 < label < n_classes and flag in (0, 1)
             for (x_min, y_min, x_max, y_max), label, flag in zip(boxes, labels, difficulties, strict=True)
         )
     except (KeyError, TypeError, ValueError):
@@ -366,9 +344,7 @@ def read_image(path):
             image.load()
             return upright_rgb(image)
     except Exception as error:  # decoders raise whatever they like on a broken file
-        raise InputError(
-            f"{path}: cannot read this image ({error}); replace it or take it out of the data"
-        ) from error
+        raise InputError(f"{path}: cannot read this image ({error}); replace it or take it out of the data") from error
 
 
 def upright_rgb(image):
@@ -403,9 +379,7 @@ def transform(image, boxes, labels, difficulties, split, rng=None):
     window = np.array([0.0, 0.0, width, height])
     boxes = _clip(boxes.double(), window)
     for number in (boxes[:, 2:] <= boxes[:, :2]).any(1).nonzero().flatten()[:1].tolist():
-        raise InputError(
-            f"object {number + 1} has no area inside the {width}x{height} image; correct or remove it"
-        )
+        raise InputError(f"object {number + 1} has no area inside the {width}x{height} image; correct or remove it")
 
     kept, flip = torch.ones(len(boxes), dtype=torch.bool), False
     if split == "TRAIN":
@@ -479,9 +453,7 @@ def _sample_window(image, window, rng=None):
     high = np.rint((np.minimum(window[2:], size) - window[:2]) * scale).astype(int)
     canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(round(255 * mean) for mean in IMAGENET_MEAN))
     if (low < high).all():
-        source = np.concatenate(
-            [(window[:2] + low / scale).clip(0, size), (window[:2] + high / scale).clip(0, size)]
-        )
+        source = np.concatenate([(window[:2] + low / scale).clip(0, size), (window[:2] + high / scale).clip(0, size)])
         patch = image.resize(tuple((high - low).tolist()), Image.Resampling.BILINEAR, tuple(source.tolist()))
         canvas.paste(photometric_distort(patch, rng) if rng else patch, tuple(low.tolist()))
     return canvas
@@ -559,9 +531,7 @@ def precision_recall_curves(
     The parameters are those of `calculate_mAP`. None stands for a class without objects to be found.
     """
     det_image, det_boxes, det_labels, det_scores = _concatenate(det_boxes, det_labels, det_scores)
-    true_image, true_boxes, true_labels, true_difficulties = _concatenate(
-        true_boxes, true_labels, true_difficulties
-    )
+    true_image, true_boxes, true_labels, true_difficulties = _concatenate(true_boxes, true_labels, true_difficulties)
     overlap, object_index = _best_objects(
         det_image * len(label_map) + det_labels,
         det_boxes,
@@ -639,8 +609,7 @@ def _best_objects(det_keys, det_boxes, true_keys, true_boxes):
 def mean_average_precision(curves, method="11-point"):
     """Return {class name: average precision} of `precision_recall_curves` and their mean over scored classes."""
     average_precisions = {
-        name: math.nan if curve is None else average_precision(*curve, method)
-        for name, curve in curves.items()
+        name: math.nan if curve is None else average_precision(*curve, method) for name, curve in curves.items()
     }
     scored = [value for value in average_precisions.values() if not math.isnan(value)]
     return average_precisions, sum(scored) / len(scored) if scored else math.nan

@@ -1,0 +1,97 @@
+"""The data set that the JSON lists describe, its batches, and the order in which training sees it.
+
+dataset = PascalVOCDataset("data/voc", "TRAIN", keep_difficult=True)
+batches = TrainingSampler(len(dataset), batch_size=32, seed=0, stop=120_000)
+loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=8)
+"""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from utils import InputError, read_data_lists, read_image, transform
+
+
+class PascalVOCDataset(Dataset):
+    """Images and objects of one split, ready for the network.
+
+    `dataset[index]` augments training images differently at each call; `dataset[epoch, index]`, which is what
+    TrainingSampler asks for, augments as a function of (seed, epoch, index) alone.
+
+    :param data_folder: folder with the lists that create_data_lists.py writes
+    :param split: 'TRAIN' or 'TEST'
+    :param keep_difficult: keep the objects that are marked as difficult
+    :param augment: whether training images are augmented
+    :param seed: of the augmentation
+    :raises InputError: where lists are missing or wrong, and later where an image cannot be read
+    """
+
+    def __init__(self, data_folder, split, keep_difficult=False, augment=True, seed=0):
+        self.images, self.objects, self.label_map = read_data_lists(data_folder, split)
+        self.mode = "TRAIN" if split == "TRAIN" and augment else "TEST"
+        self.keep_difficult = keep_difficult
+        self.seed = seed
+
+    def __len__(self):
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, key):
+        """Return image (3, 300, 300), boxes (n, 4), fractional xy, labels (n,), difficulties (n,); n may be 0."""
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        rng = None if epoch is None else np.random.default_rng((self.seed, epoch, index))
+        objects = self.objects[index]
+        boxes = torch.tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor(objects["labels"], dtype=torch.long)
+        difficulties = torch.tensor(objects["difficulties"], dtype=torch.uint8)
+        if not self.keep_difficult:
+            kept = difficulties == 0
+            boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
+        image = read_image(self.images[index])
+        try:
+            return transform(image, boxes, labels, difficulties, self.mode, rng)
+        except InputError as error:
+            raise InputError(f"{self.images[index]}: {error}") from error
+
+
+def collate_fn(batch):
+    """Join samples: images (N, 3, 300, 300) and three lists of N tensors, for images hold different objects."""
+    images, boxes, labels, difficulties = zip(*batch, strict=True)
+    return torch.stack(images), list(boxes), list(labels), list(difficulties)
+
+
+class TrainingSampler(Sampler):
+    """Batches of keys (epoch, index), shuffled anew each epoch, from iteration `start` up to `stop`.
+
+    Batch i is a function of (seed, i): resuming needs no replay, and neither workers nor time matter. Batches run on
+    from one epoch into the next, so all are full, and every image is seen once an epoch.
+
+    :param n_images: size of the data set
+    :param batch_size: images per batch
+    :param seed: of the order
+    :param stop: iteration before which to stop
+    :param start: iteration to begin with
+    """
+
+    def __init__(self, n_images, batch_size, seed, stop, start=0):
+        self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
+        self.start, self.stop = start, stop
+
+    def __len__(self):
+        """Return the number of batches."""
+        return max(0, self.stop - self.start)
+
+    def __iter__(self):
+        """Yield the batches, lists of keys (epoch, index)."""
+        return map(self.batch, range(self.start, self.stop))
+
+    def batch(self, iteration):
+        """Return the keys (epoch, index) of the batch of one iteration."""
+        first = iteration * self.batch_size
+        places = [divmod(place, self.n_images) for place in range(first, first + self.batch_size)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return [(epoch, int(orders[epoch][place])) for epoch, place in places]
+
+    def _order(self, epoch):
+        # No image has the index n_images: the order shares its random numbers with no augmentation.
+        return np.random.default_rng((self.seed, epoch, self.n_images)).permutation(self.n_images)
