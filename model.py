@@ -274,7 +274,7 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
     candidates usually decide, and when they do not, more are taken. The result is that of taking all.
     """
     n_classes = scores.size(1)
-    flat = scores.flatten()
+    flat = scores.flatten().nan_to_num(0)  # a network that went astray finds nothing there
     n_candidates = int((flat > min_score).sum())
     if n_candidates == 0 or top_k < 1:
         return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device), flat.new_zeros(0)
@@ -286,7 +286,7 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
         candidates = candidates[flat[candidates].argsort(descending=True, stable=True)]
         # Classes are kept apart by moving each to a place of its own; float64 leaves the overlaps exact.
         priors, classes = candidates // n_classes, candidates % n_classes
-        places = boxes[priors].double()
+        places = boxes[priors].double().nan_to_num(0).clamp(-1e6, 1e6)
         places = places + classes[:, None] * (places.max() - places.min() + 1)
         kept = torchvision.ops.nms(places, flat[candidates].double(), max_overlap)[:top_k]
         if len(kept) == top_k or len(candidates) >= n_candidates:

@@ -1,0 +1,123 @@
+"""Find objects in a photograph: print them, and write an annotated copy.
+
+python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth
+python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth --output found.png --min-score 0.4 --suppress person
+"""
+
+import argparse
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from checkpoints import load_model
+from utils import InputError, atomic_writer, label_color_map, read_image, run_command, transform, upright_rgb
+
+
+def parse_arguments(arguments=None):
+    """Return the command line's settings."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("image", help="picture to look at")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint that train.py wrote")
+    parser.add_argument("--output", help="annotated copy [IMAGE with _detected before the suffix]")
+    parser.add_argument("--min-score", type=float, default=0.2, help="lowest probability [%(default)s]")
+    parser.add_argument("--max-overlap", type=float, default=0.5,
+                        help="jaccard overlap from which the weaker of two boxes goes [%(default)s]")  # fmt: skip
+    parser.add_argument("--top-k", type=int, default=200, help="most objects [%(default)s]")
+    parser.add_argument("--suppress", nargs="+", metavar="CLASS", help="classes to leave out")
+    settings = parser.parse_args(arguments)
+    if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
+        raise InputError("--min-score and --max-overlap must lie in 0 ... 1 and --top-k be 1 or more")
+    settings.output = settings.output or "{}_detected{}".format(*os.path.splitext(settings.image))
+    if os.path.splitext(settings.output)[1].lower() not in Image.registered_extensions():
+        raise InputError(f"{settings.output}: of no known picture format; let its name end in .jpg or .png")
+    return settings
+
+
+def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, model=None):
+    """Return the objects in a picture, best first.
+
+    :param original_image: PIL image of any mode and size
+    :param min_score: probability that a detection is above
+    :param max_overlap: jaccard overlap from above which the weaker of two boxes of a class goes
+    :param top_k: most objects
+    :param suppress: names of classes to leave out
+    :param model: SSD300 with its label_map, as `load_model` gives it
+    :return: (class name, score, box) per object; the box in pixel xy of the upright picture, inside of it
+    :raises InputError: for a class that the model does not know
+    """
+    names = {index: name for name, index in model.label_map.items()}
+    unknown = [name for name in suppress or () if name not in model.label_map]
+    if unknown:
+        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(model.label_map)}")
+    upright = upright_rgb(original_image)
+    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
+    image = transform(upright, *nothing, split="TEST")[0].to(model.priors_cxcy.device)
+    with torch.inference_mode():
+        boxes, labels, scores = (
+            found[0].cpu() for found in model.detect_objects(*model(image[None]), min_score, max_overlap, top_k)
+        )
+    boxes = boxes.clamp(0, 1) * torch.tensor(upright.size * 2)
+    found = zip((names[label] for label in labels.tolist()), scores.tolist(), boxes.tolist(), strict=True)
+    return [(name, score, box) for name, score, box in found if name not in (suppress or ())]
+
+
+def annotate(original_image, objects, colors):
+    """Return an upright RGB copy of a picture with objects drawn into it, the best on top.
+
+    :param objects: (class name, score, pixel xy box) per object, best first
+    :param colors: class name -> (red, green, blue)
+    """
+    picture = upright_rgb(original_image)
+    width, height = picture.size
+    draw = ImageDraw.Draw(picture)
+    line = max(2, round(min(width, height) / 200))
+    font = ImageFont.load_default(size=max(10, round(min(width, height) / 28)))  # comes with Pillow
+    inks = {name: "black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white" for name, color in colors.items()}
+    for name, _, (x_min, y_min, x_max, y_max) in reversed(objects):
+        # An edge of the label's ink makes the box show on any background, its own colour too.
+        x_max, y_max = max(x_max, x_min + 2 * line), max(y_max, y_min + 2 * line)
+        draw.rectangle([x_min - 1, y_min - 1, x_max + 1, y_max + 1], outline=inks[name], width=line + 2)
+        draw.rectangle([x_min, y_min, x_max, y_max], outline=colors[name], width=line)
+    label_height = sum(font.getmetrics()) + line
+    for name, score, (x_min, y_min, _, _) in reversed(objects):
+        # A label stands above its box, or inside where there is no room, and never leaves the picture.
+        text = f"{name} {score:.2f}"
+        label_width = font.getlength(text) + 2 * line
+        x = max(0, min(x_min, width - label_width))
+        y = y_min - label_height if y_min >= label_height else min(y_min, height - label_height)
+        draw.rectangle([x, y, x + label_width, y + label_height], fill=colors[name])
+        draw.text((x + line, y + line / 2), text, fill=inks[name], font=font)
+    return picture
+
+
+def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=None):
+    """Return a copy of a picture with the objects that a model finds drawn into it.
+
+    The parameters are those of `find_objects`; nothing that is given is changed.
+    """
+    objects = find_objects(original_image, min_score, max_overlap, top_k, suppress, model)
+    return annotate(original_image, objects, label_color_map(model.label_map))
+
+
+def main():
+    """Run the command line."""
+    settings = parse_arguments()
+    image = read_image(settings.image)
+    model = load_model(settings.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    objects = find_objects(
+        image, settings.min_score, settings.max_overlap, settings.top_k, settings.suppress, model
+    )  # fmt: skip
+    picture = annotate(image, objects, label_color_map(model.label_map))
+    with atomic_writer(settings.output) as file:
+        picture.save(file, Image.registered_extensions()[os.path.splitext(settings.output)[1].lower()])
+    for name, score, box in objects:
+        print(f"{name:15} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
+    print(f"{len(objects)} objects of score above {settings.min_score}; annotated copy: {settings.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,92 @@
+"""Decoding and non-maximum suppression."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from model import _non_maximum_suppression
+from utils import cxcy_to_xy
+
+
+def few_priors(model, locs, scores, *limits):
+    """detect_objects of a model that has only the priors of these predictions."""
+    priors, model.priors_cxcy = model.priors_cxcy, model.priors_cxcy[: locs.size(1)]
+    try:
+        return model.detect_objects(locs, scores, *limits)
+    finally:
+        model.priors_cxcy = priors
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.1, 0.45, 1.0]))
+def test_detections_equal_the_loop_on_everything(model, seed, min_score, max_overlap):
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 120, (), generator=generator))
+    locs = torch.randn(2, n, 4, generator=generator)
+    scores = torch.randn(2, n, 5, generator=generator) * 2
+    if seed % 2:
+        scores = scores.round()  # many ties
+    top_k = int(torch.randint(1, 20, (), generator=generator))
+    detections = few_priors(model, locs, scores, min_score, max_overlap, top_k)
+    for image in range(2):
+        boxes, labels, probabilities = reference.detect_objects(
+            model.priors_cxcy[:n], locs[image], scores[image], min_score, max_overlap, top_k
+        )
+        assert detections[1][image].tolist() == labels
+        assert detections[2][image].tolist() == pytest.approx(probabilities, abs=1e-6)
+        assert torch.allclose(detections[0][image], boxes, atol=1e-6)
+
+
+def test_an_untrained_network_s_worth_of_candidates_equals_the_loop(model):
+    torch.manual_seed(0)
+    locs, scores = torch.randn(1, 700, 4), torch.randn(1, 700, 21) * 0.1
+    found = few_priors(model, locs, scores, 0.01, 0.45, 200)
+    boxes, labels, _ = reference.detect_objects(model.priors_cxcy[:700], locs[0], scores[0], 0.01, 0.45, 200)
+    assert len(labels) == 200
+    assert found[1][0].tolist() == labels
+    assert torch.allclose(found[0][0], boxes, atol=1e-6)
+
+
+def test_more_candidates_are_taken_until_enough_survive():
+    # 900 copies of one box are better than the other: the first candidates leave one survivor.
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4]]).repeat(901, 1)
+    boxes[900] += 0.5
+    scores = torch.linspace(0.9, 0.2, 901)[:, None]
+    kept, labels, probabilities = _non_maximum_suppression(boxes, scores, 0.1, 0.45, 2)
+    assert torch.equal(kept, boxes[[0, 900]])
+    assert labels.tolist() == [1, 1]
+    assert torch.equal(probabilities, scores[[0, 900], 0])
+
+
+def test_boxes_of_different_classes_do_not_suppress_each_other():
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4]]).repeat(2, 1)
+    kept, labels, _ = _non_maximum_suppression(boxes, torch.tensor([[0.9, 0.0], [0.0, 0.8]]), 0.1, 0.45, 10)
+    assert len(kept) == 2
+    assert labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("min_score", [1.0, 0.999])
+def test_nothing_found_is_empty_tensors(model, min_score):
+    boxes, labels, scores = model.detect_objects(torch.zeros(2, 8732, 4), torch.zeros(2, 8732, 21), min_score, 0.45, 200)
+    assert [tensor.shape for tensor in (*boxes, *labels, *scores)] == [(0, 4)] * 2 + [(0,)] * 4
+    assert labels[0].dtype == torch.long
+
+
+def test_predictions_that_are_not_finite_break_nothing(model):
+    locs, scores = torch.zeros(1, 8732, 4), torch.zeros(1, 8732, 21)
+    locs[0, 0], scores[0, 1] = 1e6, float("nan")
+    scores[0, 0, 3] = 10
+    boxes, labels, _ = model.detect_objects(locs, scores, 0.2, 0.45, 200)
+    assert labels[0].tolist() == [3]
+    assert boxes[0].shape == (1, 4)
+
+
+def test_a_prior_without_offset_is_its_own_box(model):
+    scores = torch.zeros(1, 8732, 21)
+    scores[0, 8000, 5] = 10
+    boxes, labels, probabilities = model.detect_objects(torch.zeros(1, 8732, 4), scores, 0.5, 0.45, 200)
+    assert torch.allclose(boxes[0], cxcy_to_xy(model.priors_cxcy[8000:8001]))
+    assert labels[0].tolist() == [5]
+    assert probabilities[0].item() == pytest.approx(torch.tensor(10.0).exp().item() / (torch.tensor(10.0).exp().item() + 20))

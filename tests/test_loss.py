@@ -1,0 +1,134 @@
+"""Matching, hard negative mining and the loss."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import reference
+from model import MultiBoxLoss
+from utils import cxcy_to_gcxgcy, cxcy_to_xy, xy_to_cxcy
+
+# Twelve priors, cxcy: nine small ones on a grid, three large ones.
+PRIORS = torch.tensor(
+    [[x, y, 0.2, 0.2] for y in (0.2, 0.5, 0.8) for x in (0.2, 0.5, 0.8)]
+    + [[0.5, 0.5, 0.8, 0.8], [0.3, 0.5, 0.5, 0.9], [0.7, 0.5, 0.5, 0.9]]
+)
+
+
+def of_prior(index, shift=0.0):
+    """The box of a prior, xy, moved to the right."""
+    return cxcy_to_xy(PRIORS[index]) + torch.tensor([shift, 0, shift, 0])
+
+
+def test_an_object_takes_every_prior_that_overlaps_it_by_the_threshold():
+    box = torch.tensor([[0.3, 0.1, 0.7, 0.9]])
+    overlap = reference.overlap_table(box, cxcy_to_xy(PRIORS))[0]
+    _, labels = MultiBoxLoss(PRIORS, threshold=0.3).match([box], [torch.tensor([7])])
+    assert (labels[0] == torch.where(overlap >= 0.3, 7, 0)).all()
+    assert (labels[0] > 0).sum() == 3
+
+
+def test_an_object_that_overlaps_no_prior_by_the_threshold_takes_its_best():
+    box = of_prior(4).clone()
+    box[2:] -= 0.15  # a small corner: overlap 1/16
+    _, labels = MultiBoxLoss(PRIORS).match([box[None]], [torch.tensor([3])])
+    assert labels[0].nonzero().flatten().tolist() == [4]
+
+
+def test_a_contested_best_prior_goes_to_the_last_object():
+    boxes = torch.stack([of_prior(4, 0.01), of_prior(4, -0.02), of_prior(0)])
+    true_locs, labels = MultiBoxLoss(PRIORS).match([boxes], [torch.tensor([1, 2, 3])])
+    assert labels[0, 4] == 2  # though the first object overlaps it more
+    assert labels[0, 0] == 3
+    assert torch.allclose(true_locs[0, 4], cxcy_to_gcxgcy(xy_to_cxcy(boxes[1]), PRIORS[4]), atol=1e-6)
+
+
+def test_a_forced_match_beats_a_larger_overlap():
+    large = torch.tensor([0.1, 0.1, 0.9, 0.9])
+    inside = torch.tensor([0.12, 0.12, 0.88, 0.88])  # its best prior is the same one
+    _, labels = MultiBoxLoss(PRIORS).match([torch.stack([inside, large])], [torch.tensor([1, 2])])
+    assert labels[0, 9] == 2
+    _, labels = MultiBoxLoss(PRIORS).match([torch.stack([large, inside])], [torch.tensor([2, 1])])
+    assert labels[0, 9] == 1
+
+
+def test_mining_takes_three_negatives_for_each_positive_of_the_same_image_and_the_hardest():
+    boxes = [of_prior(0)[None], torch.stack([of_prior(4), of_prior(8)]), torch.zeros(0, 4)]
+    labels = [torch.tensor([1]), torch.tensor([2, 1]), torch.zeros(0, dtype=torch.long)]
+    torch.manual_seed(0)
+    scores = torch.randn(3, 12, 3, requires_grad=True)
+    criterion = MultiBoxLoss(PRIORS, threshold=0.99)
+    confidence, _ = criterion.parts(torch.zeros(3, 12, 4), scores, boxes, labels)
+    confidence.backward()
+    used = scores.grad.abs().sum(2) > 0
+    assert used.sum(1).tolist() == [4, 8, 0]  # none in the image without objects
+    losses = -scores.detach().log_softmax(2)[..., 0]
+    for image, positives in ((0, [0]), (1, [4, 8])):
+        negatives = [p for p in range(12) if p not in positives]
+        hardest = sorted(negatives, key=lambda p: -losses[image, p])[: 3 * len(positives)]
+        assert sorted(hardest + positives) == used[image].nonzero().flatten().tolist()
+
+
+def test_the_loss_of_one_object_is_as_by_hand():
+    locs, scores = torch.zeros(1, 12, 4), torch.zeros(1, 12, 2)
+    locs[0, 4, 0] = 3.0  # true offset 0: smooth L1 2.5
+    locs[0, 4, 1] = 0.5  # 0.125
+    scores[0, 4, 1] = 1.0
+    confidence, localization = MultiBoxLoss(PRIORS, threshold=0.99).parts(
+        locs, scores, [of_prior(4)[None]], [torch.tensor([1])]
+    )
+    positive = -F.log_softmax(torch.tensor([0.0, 1.0]), 0)[1]
+    assert confidence.item() == pytest.approx(positive.item() + 3 * np.log(2), rel=1e-6)
+    assert localization.item() == pytest.approx(2.625, rel=1e-6)
+    loss = MultiBoxLoss(PRIORS, threshold=0.99, alpha=2.0)(locs, scores, [of_prior(4)[None]], [torch.tensor([1])])
+    assert loss.item() == pytest.approx(confidence.item() + 2 * 2.625, rel=1e-6)
+
+
+def test_a_batch_without_objects_has_no_loss_and_gradients_of_zero():
+    locs, scores = torch.randn(2, 12, 4, requires_grad=True), torch.randn(2, 12, 3, requires_grad=True)
+    loss = MultiBoxLoss(PRIORS)(locs, scores, [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2)
+    loss.backward()
+    assert loss.item() == 0
+    assert (locs.grad == 0).all()
+    assert (scores.grad == 0).all()
+
+
+def test_boxes_without_area_count_as_no_objects():
+    locs, scores = torch.randn(1, 12, 4, requires_grad=True), torch.randn(1, 12, 3, requires_grad=True)
+    boxes = torch.stack([of_prior(4), torch.tensor([0.2, 0.2, 0.2, 0.4]), torch.tensor([0.5, 0.5, 0.4, 0.6])])
+    loss = MultiBoxLoss(PRIORS)(locs, scores, [boxes], [torch.tensor([1, 2, 2])])
+    alone = MultiBoxLoss(PRIORS)(locs, scores, [boxes[:1]], [torch.tensor([1])])
+    loss.backward()
+    assert loss.item() == alone.item()
+    assert locs.grad.isfinite().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31 - 1))
+def test_random_batches_equal_the_loop(random_objects_seed):
+    rng = np.random.RandomState(random_objects_seed)
+    boxes, labels = [], []
+    for _ in range(rng.randint(1, 4)):
+        n = rng.randint(0, 5)
+        low = rng.uniform(0, 0.7, (n, 2))
+        box = np.concatenate([low, low + rng.uniform(0.02, 0.5, (n, 2))], axis=1)
+        if n > 1:
+            box[1] = box[0] + rng.uniform(-0.01, 0.01, 4) * rng.randint(0, 2)
+        boxes.append(torch.tensor(box, dtype=torch.float32))
+        labels.append(torch.tensor(rng.randint(1, 4, n), dtype=torch.long))
+    locs = torch.tensor(rng.standard_normal((len(boxes), 12, 4)), dtype=torch.float32)
+    scores = torch.tensor(2 * rng.standard_normal((len(boxes), 12, 4)), dtype=torch.float32)
+    confidence, localization = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
+    expected = reference.multibox_loss(PRIORS, locs, scores, boxes, labels)
+    assert confidence.item() == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert localization.item() == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
+
+
+def test_the_whole_network_s_priors_match_as_the_loop_does(model, random_objects):
+    boxes, labels = random_objects(np.random.RandomState(2), 6)
+    _, matched = MultiBoxLoss(model.priors_cxcy).match([boxes], [labels])
+    _, expected = reference.match(cxcy_to_xy(model.priors_cxcy), boxes, labels)
+    assert matched[0].tolist() == expected
