@@ -2,7 +2,6 @@
 
 import colorsys
 import math
-import random
 
 import numpy as np
 import torch
@@ -110,7 +109,10 @@ def average_precisions(
             objects[image] = [
                 {"box": box, "difficult": bool(difficult), "found": False}
                 for box, own, difficult in zip(
-                    true_boxes[image].tolist(), true_labels[image].tolist(), true_difficulties[image].tolist(), strict=True
+                    true_boxes[image].tolist(),
+                    true_labels[image].tolist(),
+                    true_difficulties[image].tolist(),
+                    strict=True,
                 )
                 if own == label
             ]

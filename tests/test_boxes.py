@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference
 from utils import (
     cxcy_to_gcxgcy,
     cxcy_to_xy,

@@ -1,11 +1,11 @@
 """Decoding and non-maximum suppression."""
 
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
 from model import _non_maximum_suppression
 from utils import cxcy_to_xy
 
@@ -69,7 +69,9 @@ def test_boxes_of_different_classes_do_not_suppress_each_other():
 
 @pytest.mark.parametrize("min_score", [1.0, 0.999])
 def test_nothing_found_is_empty_tensors(model, min_score):
-    boxes, labels, scores = model.detect_objects(torch.zeros(2, 8732, 4), torch.zeros(2, 8732, 21), min_score, 0.45, 200)
+    boxes, labels, scores = model.detect_objects(
+        torch.zeros(2, 8732, 4), torch.zeros(2, 8732, 21), min_score, 0.45, 200
+    )
     assert [tensor.shape for tensor in (*boxes, *labels, *scores)] == [(0, 4)] * 2 + [(0,)] * 4
     assert labels[0].dtype == torch.long
 
@@ -89,4 +91,6 @@ def test_a_prior_without_offset_is_its_own_box(model):
     boxes, labels, probabilities = model.detect_objects(torch.zeros(1, 8732, 4), scores, 0.5, 0.45, 200)
     assert torch.allclose(boxes[0], cxcy_to_xy(model.priors_cxcy[8000:8001]))
     assert labels[0].tolist() == [5]
-    assert probabilities[0].item() == pytest.approx(torch.tensor(10.0).exp().item() / (torch.tensor(10.0).exp().item() + 20))
+    assert probabilities[0].item() == pytest.approx(
+        torch.tensor(10.0).exp().item() / (torch.tensor(10.0).exp().item() + 20)
+    )

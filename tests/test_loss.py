@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import reference
 from model import MultiBoxLoss
 from utils import cxcy_to_gcxgcy, cxcy_to_xy, xy_to_cxcy
 

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
 from utils import calculate_mAP
 
 LABEL_MAP = {"background": 0, "cat": 1, "dog": 2, "cow": 3}
@@ -109,7 +109,9 @@ def test_random_cases_equal_the_loop(seed):
         labels = rng.randint(1, 4, n)
         noisy_labels = np.where(rng.uniform(size=repeats.sum()) < 0.8, np.repeat(labels, repeats), 1)
         scores = rng.randint(0, 6, repeats.sum()) / 5  # many ties
-        for part, values in zip((*truth, *detections), (boxes, labels, rng.uniform(size=n) < 0.3, noisy, noisy_labels, scores), strict=True):
+        for part, values in zip(
+            (*truth, *detections), (boxes, labels, rng.uniform(size=n) < 0.3, noisy, noisy_labels, scores), strict=True
+        ):
             part.append(torch.tensor(values))
     for eleven_points, method in ((True, "11-point"), (False, "area")):
         aps, mean = calculate_mAP(*detections, *truth, label_map=LABEL_MAP, method=method)

@@ -28,7 +28,11 @@ def test_there_are_8732_priors_and_one_cell_of_each_map_is_as_by_hand(model):
     )
     for start, side, row, column, scale, next_scale, more in cells:
         ratios = (2, 3, 0.5, third) if more else (2, 0.5)
-        shapes = [(scale, scale), ((scale * next_scale) ** 0.5,) * 2, *((scale * r**0.5, scale / r**0.5) for r in ratios)]
+        shapes = [
+            (scale, scale),
+            ((scale * next_scale) ** 0.5,) * 2,
+            *((scale * r**0.5, scale / r**0.5) for r in ratios),
+        ]
         expected = [((column + 0.5) / side, (row + 0.5) / side, min(w, 1), min(h, 1)) for w, h in shapes]
         first = start + (row * side + column) * len(shapes)
         assert torch.allclose(priors[first : first + len(shapes)], torch.tensor(expected), atol=1e-6)

@@ -4,10 +4,10 @@ import random
 
 import numpy as np
 import pytest
+import reference
 import torch
 from PIL import Image
 
-import reference
 import utils
 from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, crop_around_objects, read_image, transform, upright_rgb
 

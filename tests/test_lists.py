@@ -1,0 +1,253 @@
+"""Annotations, JSON lists, and the data set that they describe."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from create_data_lists import make_sample
+from datasets import PascalVOCDataset, TrainingSampler, collate_fn
+from utils import InputError, create_data_lists, label_color_map, label_map, make_label_map, parse_annotation
+
+OBJECT = (
+    "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}</object>"
+)
+PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+SIZE = "<size><width>100</width><height>80</height><depth>3</depth></size>"
+
+
+def annotation(*objects, extra=""):
+    return f"<annotation>{extra}{''.join(objects)}</annotation>"
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Make a VOC folder: {image name: annotation text}, with all images in both splits."""
+
+    def make(annotations, root="VOC2007"):
+        folder = tmp_path / root
+        for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (folder / part).mkdir(parents=True)
+        for name, text in annotations.items():
+            Image.new("RGB", (100, 80), (90, 120, 30)).save(folder / "JPEGImages" / f"{name}.jpg")
+            (folder / "Annotations" / f"{name}.xml").write_text(text)
+        for split in ("trainval", "test"):
+            (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in annotations))
+        return folder
+
+    return make
+
+
+def test_an_annotation_gives_its_objects_and_not_their_parts(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text(
+        annotation(
+            OBJECT.format("person", "<difficult>1</difficult>", 11, 21, 31, 41, PART),
+            # The part stands before the object's own name and box, and difficult is missing.
+            OBJECT.format("dog", "", "1.5", "0.4", "50.25", "60", "").replace("<object>", f"<object>{PART}"),
+            extra=SIZE,
+        )
+    )
+    objects = parse_annotation(path)
+    assert objects["boxes"] == [[10, 20, 30, 40], [0.5, 0, 49.25, 59]]
+    assert objects["labels"] == [label_map["person"], label_map["dog"]]
+    assert objects["difficulties"] == [1, 0]
+
+
+def test_an_annotation_without_objects_is_empty(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text(annotation(extra=SIZE))
+    assert parse_annotation(path) == {"boxes": [], "labels": [], "difficulties": []}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation>", "cannot read this annotation"),
+        (annotation(OBJECT.format("unicorn", "", 1, 1, 9, 9, "")), r"object 1 \(unicorn\) is of no known class"),
+        (annotation(OBJECT.format("background", "", 1, 1, 9, 9, "")), "no known class"),
+        (annotation("<object><bndbox/></object>"), r"object 1 \(no name\)"),
+        (annotation("<object><name>cat</name></object>"), "xmin None"),
+        (annotation(OBJECT.format("cat", "", "left", 1, 9, 9, "")), "xmin 'left'"),
+        (annotation(OBJECT.format("cat", "", 1, 1, "nan", 9, "")), "xmax 'nan'"),
+        (
+            annotation(OBJECT.format("cat", "", 1, 1, 9, 9, ""), OBJECT.format("cat", "", 5, 5, 5, 9, "")),
+            "object 2.*without area",
+        ),
+        (annotation(OBJECT.format("cat", "", 9, 9, 1, 1, "")), "without area"),
+        (annotation(OBJECT.format("cat", "", 101, 1, 120, 9, ""), extra=SIZE), "outside the image's width of 100"),
+        (annotation(OBJECT.format("cat", "<difficult>maybe</difficult>", 1, 1, 9, 9, "")), "expected 0 or 1"),
+    ],
+)
+def test_a_wrong_annotation_is_named_on_one_line(tmp_path, text, message):
+    path = tmp_path / "wrong.xml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        parse_annotation(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_hold_both_years_for_training_and_empty_images(voc, tmp_path):
+    cat = OBJECT.format("cat", "", 11, 11, 50, 60, "")
+    first = voc({"a": annotation(cat, extra=SIZE), "b": annotation(extra=SIZE)})
+    second = voc({"c": annotation(cat, cat, extra=SIZE)}, "VOC2012")
+    lists = create_data_lists([(first, "trainval"), (second, "trainval")], [(first, "test")], tmp_path / "out")
+    names = [os.path.basename(path) for path in json.loads((tmp_path / "out" / "TRAIN_images.json").read_text())]
+    assert names == ["a.jpg", "b.jpg", "c.jpg"]
+    objects = json.loads((tmp_path / "out" / "TRAIN_objects.json").read_text())
+    assert [len(entry["boxes"]) for entry in objects] == [1, 0, 2]
+    assert objects[0] == {"boxes": [[10, 10, 49, 59]], "labels": [8], "difficulties": [0]}
+    assert json.loads((tmp_path / "out" / "TEST_images.json").read_text()) == lists["TEST"][0]
+    assert json.loads((tmp_path / "out" / "label_map.json").read_text()) == label_map
+    assert label_map["background"] == 0
+    assert label_map["tvmonitor"] == 20
+
+
+def test_nothing_is_written_where_something_is_wrong(voc, tmp_path):
+    folder = voc({"a": annotation(extra=SIZE), "b": "<annotation>"})
+    with pytest.raises(InputError, match=r"b\.xml"):
+        create_data_lists([(folder, "trainval")], [(folder, "test")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / "JPEGImages" / "a.jpg").unlink()
+    with pytest.raises(InputError, match=r"a\.jpg: no such image"):
+        create_data_lists([(folder, "trainval")], [(folder, "test")], tmp_path / "out")
+    with pytest.raises(InputError, match=r"val\.txt: cannot read this split"):
+        create_data_lists([(folder, "val")], [(folder, "test")], tmp_path / "out")
+
+
+@pytest.fixture
+def lists(voc, tmp_path):
+    """Folder with valid lists of two images, one with an easy and a difficult object, one without any."""
+    objects = (
+        OBJECT.format("cat", "", 11, 11, 50, 60, ""),
+        OBJECT.format("dog", "<difficult>1</difficult>", 1, 1, 9, 9, ""),
+    )
+    folder = voc({"a": annotation(*objects, extra=SIZE), "b": annotation(extra=SIZE)})
+    create_data_lists([(folder, "trainval")], [(folder, "test")], tmp_path / "lists")
+    return tmp_path / "lists"
+
+
+def test_the_data_set_gives_tensors_and_drops_difficult_objects_unless_told(lists):
+    image, boxes, labels, difficulties = PascalVOCDataset(lists, "TEST")[0]
+    assert image.shape == (3, 300, 300)
+    assert torch.allclose(boxes, torch.tensor([[0.1, 0.125, 0.49, 59 / 80]]))
+    assert labels.tolist() == [8]
+    assert difficulties.tolist() == [0]
+    data = PascalVOCDataset(lists, "TEST", keep_difficult=True)
+    assert data[0][2].tolist() == [8, 12]
+    assert data[0][3].tolist() == [0, 1]
+    images, boxes, labels, difficulties = collate_fn([data[0], data[1]])
+    assert images.shape == (2, 3, 300, 300)
+    assert [len(part) for part in (*boxes, *labels, *difficulties)] == [2, 0, 2, 0, 2, 0]
+    assert boxes[1].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("label_map.json", {"cat": 1}, "not a label map"),
+        ("label_map.json", {"background": 0, "cat": 2}, "not a label map"),
+        ("label_map.json", ["cat"], "not a label map"),
+        ("TEST_images.json", [], "expected a list of image paths"),
+        ("TEST_images.json", {"a": 1}, "expected a list of image paths"),
+        ("TEST_objects.json", [], "expected a list as long as"),
+        ("TEST_objects.json", [{"boxes": [[1, 1, 5, 5]], "labels": [], "difficulties": []}] * 2, "are not valid"),
+        ("TEST_objects.json", [{"boxes": [[5, 5, 5, 9]], "labels": [1], "difficulties": [0]}] * 2, "are not valid"),
+        ("TEST_objects.json", [{"boxes": [[1, 1, 5]], "labels": [1], "difficulties": [0]}] * 2, "are not valid"),
+        ("TEST_objects.json", [{"boxes": [[1, 1, 5, 5]], "labels": [21], "difficulties": [0]}] * 2, "are not valid"),
+        ("TEST_objects.json", ["cat", "dog"], "are not valid"),
+    ],
+)
+def test_lists_of_another_shape_are_refused_by_name(lists, file, content, message):
+    (lists / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message) as caught:
+        PascalVOCDataset(lists, "TEST")
+    assert file in str(caught.value)
+
+
+def test_missing_and_broken_lists_are_refused_by_name(lists):
+    (lists / "TEST_objects.json").write_text("[{")
+    with pytest.raises(InputError, match=r"TEST_objects\.json: cannot read"):
+        PascalVOCDataset(lists, "TEST")
+    with pytest.raises(InputError, match=r"nowhere/label_map\.json: cannot read"):
+        PascalVOCDataset("nowhere", "TEST")
+
+
+def test_a_box_outside_the_image_is_named_with_it(lists):
+    entry = {"boxes": [[1, 1, 9, 9], [200, 1, 220, 9]], "labels": [1, 1], "difficulties": [0, 0]}
+    (lists / "TEST_objects.json").write_text(json.dumps([entry] * 2))
+    with pytest.raises(InputError, match=r"a\.jpg: object 2 has no area inside the 100x80 image"):
+        PascalVOCDataset(lists, "TEST")[0]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(sample):
+    data = PascalVOCDataset(sample, "TRAIN", seed=3)
+    same = PascalVOCDataset(sample, "TRAIN", seed=3)[2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(data[2, 1], same, strict=True))
+    for other in (data[3, 1], PascalVOCDataset(sample, "TRAIN", seed=4)[2, 1], data[1], data[1]):
+        assert not torch.equal(data[2, 1][0], other[0])
+    assert not torch.equal(data[1][0], data[1][0])  # without an epoch it differs at each call
+    plain = PascalVOCDataset(sample, "TRAIN", augment=False)
+    assert torch.equal(plain[0, 1][0], plain[5, 1][0])
+
+
+def test_batches_are_full_and_an_epoch_holds_every_image_once():
+    keys = [key for batch in TrainingSampler(10, 4, seed=1, stop=5) for key in batch]
+    assert len(keys) == 20
+    for epoch in (0, 1):
+        assert sorted(index for e, index in keys if e == epoch) == list(range(10))
+    assert [i for e, i in keys if e == 0] != [i for e, i in keys if e == 1]
+    assert keys != [key for batch in TrainingSampler(10, 4, seed=2, stop=5) for key in batch]
+    assert all(len(batch) == 7 for batch in TrainingSampler(3, 7, seed=0, stop=4))
+
+
+def test_batches_from_the_middle_on_are_those_of_the_whole():
+    whole = list(TrainingSampler(10, 4, seed=1, stop=9))
+    assert list(TrainingSampler(10, 4, seed=1, stop=9, start=6)) == whole[6:]
+    assert len(TrainingSampler(10, 4, seed=1, stop=9, start=6)) == 3
+
+
+def test_batches_are_the_same_with_and_without_workers(sample):
+    data = PascalVOCDataset(sample, "TRAIN", seed=5)
+
+    def batches(workers):
+        sampler = TrainingSampler(len(data), 4, seed=5, stop=3)
+        return list(DataLoader(data, batch_sampler=sampler, collate_fn=collate_fn, num_workers=workers))
+
+    for ours, theirs in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def test_the_sample_set_is_a_function_of_its_seed_and_varied(tmp_path):
+    lists = make_sample(tmp_path / "a", n_train=60, n_test=10, seed=2)
+    make_sample(tmp_path / "b", n_train=60, n_test=10, seed=2)
+    make_sample(tmp_path / "c", n_train=60, n_test=10, seed=3)
+    files = [sorted((tmp_path / name / "VOC2007").rglob("*.*")) for name in "abc"]
+    assert len(files[0]) == 142
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+    assert [file.read_bytes() for file in files[0]] != [file.read_bytes() for file in files[2]]
+    entries = [entry for _, objects in lists.values() for entry in objects]
+    assert any(not entry["boxes"] for entry in entries)
+    assert any(sum(entry["difficulties"]) for entry in entries)
+    boxes = np.array([box for entry in entries for box in entry["boxes"]])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert (width / height).min() < 0.7
+    assert (width / height).max() > 1.4
+    assert (width * height).max() > 10 * (width * height).min()
+    assert {label for entry in entries for label in entry["labels"]} == {1, 2, 3, 4, 5}
+
+
+def test_colours_of_classes_are_stable_and_distinct():
+    many = make_label_map(f"class {number}" for number in range(60))
+    colors = label_color_map(many)
+    assert colors == label_color_map(many)
+    assert len(set(colors.values())) == 61
+    values = np.array(list(label_color_map(label_map).values()))
+    apart = np.abs(values[:, None] - values[None]).sum(2) + 1000 * np.eye(21)
+    assert apart.min() > 40

@@ -1,0 +1,291 @@
+"""Every script run as a user would, and what they say to bad input."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from checkpoints import load_checkpoint, load_model
+from create_data_lists import SAMPLE_LABELS
+from detect import annotate, detect, find_objects
+from eval import evaluate
+from utils import InputError, label_color_map, make_label_map, transform
+
+MODULES = ("model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists")
+QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5)
+
+
+@pytest.fixture(scope="module")
+def trained(sample, tmp_path_factory):
+    """Folder of a run of three iterations with checkpoints and validation, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, train.__file__, "--data-folder", sample, "--output-folder", folder, *QUICK]
+    command += ["--iterations", 3, "--checkpoint-every", 2, "--validate-every", 3, "--seed", 7]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, timeout=300)
+    return folder, done.stdout + done.stderr
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_module_does_nothing(module, tmp_path, run):
+    code = (
+        "import sys, os, torch, importlib;"
+        f"importlib.import_module({module!r});"
+        "assert not torch.cuda.is_initialized(); assert os.listdir() == [], os.listdir()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={"PYTHONPATH": str(train.__file__).rsplit("/", 1)[0], "HOME": str(tmp_path), "PATH": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_training_writes_checkpoints_and_a_log(trained, sample):
+    folder, printed = trained
+    start, *rest = records(folder)
+    assert start["event"] == "start"
+    assert start["settings"]["seed"] == 7
+    assert start["classes"] == ["background", *SAMPLE_LABELS]
+    assert start["versions"]["torch"] == torch.__version__
+    assert start["hardware"]
+    steps = [record for record in rest if record["event"] == "train"]
+    assert [record["iteration"] for record in steps] == [1, 2, 3]
+    assert [record["lr"] for record in steps] == [0.0005, 0.001, 0.001]
+    for record in steps:
+        assert record["loss"] == pytest.approx(record["confidence_loss"] + record["localization_loss"])
+        assert record["images_per_second"] > 0
+        assert 0 <= record["data_wait"] <= 1
+    (validation,) = (record for record in rest if record["event"] == "validation")
+    checkpoint = load_checkpoint(folder / "checkpoint.pth")
+    assert checkpoint["iteration"] == 3
+    assert checkpoint["best_loss"] == validation["loss"]
+    assert load_checkpoint(folder / "best.pth")["iteration"] == 3
+    assert f"python eval.py --data-folder {sample} --checkpoint {folder / 'checkpoint.pth'}" in printed
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pth", "checkpoint.pth", "log.jsonl"]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, sample, tmp_path, run):
+    common = ("--data-folder", sample, "--output-folder", tmp_path, *QUICK, "--seed", 7)
+    run("train.py", *common, "--iterations", 2)
+    assert "checkpoint.pth is there already" in run("train.py", *common, "--iterations", 2, status=2)
+    run("train.py", "--resume", tmp_path / "checkpoint.pth", "--iterations", 3)
+    whole, resumed = (load_checkpoint(folder / "checkpoint.pth") for folder in (trained[0], tmp_path))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    states = [checkpoint["optimizer"]["state"] for checkpoint in (whole, resumed)]
+    assert all(torch.equal(states[0][key]["momentum_buffer"], states[1][key]["momentum_buffer"]) for key in states[0])
+    losses = [[r["loss"] for r in records(folder) if r["event"] == "train"] for folder in (trained[0], tmp_path)]
+    assert losses[0] == losses[1]
+    message = run("train.py", "--resume", tmp_path / "checkpoint.pth", "--iterations", 3, status=2)
+    assert "has its 3 iterations" in message
+
+
+def test_evaluation_prints_a_table_and_writes_it(trained, sample, tmp_path, run):
+    arguments = ("--data-folder", sample, "--checkpoint", trained[0] / "checkpoint.pth", "--workers", 0)
+    printed = run("eval.py", *arguments, "--results", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["images"] == 3
+    assert set(results["AP_11_point"]) == set(results["AP_area"]) == set(SAMPLE_LABELS)
+    assert 0 <= results["mAP_11_point"] <= 1
+    assert results["network_seconds"] > 0
+    assert results["post_processing_seconds"] > 0
+    for word in (*SAMPLE_LABELS, "mAP", "11-point", "area", "network", "post-processing"):
+        assert word in printed
+
+
+def test_detection_prints_objects_and_writes_an_annotated_copy(trained, sample, tmp_path, run):
+    source = next((sample / "VOC2007" / "JPEGImages").glob("*.jpg"))
+    before = source.read_bytes()
+    arguments = (source, "--checkpoint", trained[0] / "checkpoint.pth", "--output", tmp_path / "found.png")
+    printed = run("detect.py", *arguments, "--min-score", 0.05, "--top-k", 5)
+    lines = [line.split() for line in printed.splitlines() if line.split()[0] in SAMPLE_LABELS]
+    assert f"{len(lines)} objects" in printed
+    with Image.open(tmp_path / "found.png") as found, Image.open(source) as image:
+        assert found.size == image.size
+        for _, score, *box in lines:
+            assert 0.05 < float(score) <= 1
+            assert 0 <= int(box[0]) <= int(box[2]) <= image.width
+            assert 0 <= int(box[1]) <= int(box[3]) <= image.height
+    assert source.read_bytes() == before
+    assert "unicorn" in run("detect.py", *arguments, "--suppress", "unicorn", status=2)
+
+
+def test_a_sample_run_makes_its_data_and_says_how_to_go_on(tmp_path, run):
+    printed = run("train.py", "--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0, cwd=tmp_path)
+    assert (tmp_path / "data" / "sample" / "label_map.json").is_file()
+    assert load_checkpoint(tmp_path / "runs" / "sample" / "checkpoint.pth")["iteration"] == 1
+    assert "python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth" in printed
+    assert "python detect.py data/sample/VOC2007/JPEGImages/000240.jpg" in printed
+
+
+def test_lists_are_made_from_the_command_line(sample, tmp_path, run):
+    message = run("create_data_lists.py", "--voc07", sample / "VOC2007", "--output-folder", tmp_path / "voc", status=2)
+    assert "000000.xml" in message
+    assert "no known class" in message
+    assert not (tmp_path / "voc").exists()
+    assert "either --voc07" in run("create_data_lists.py", "--output-folder", tmp_path, status=2)
+    printed = run("create_data_lists.py", "--sample", "--output-folder", tmp_path / "made")
+    assert "TRAIN: 240 images" in printed
+    assert "images without objects" in printed
+
+
+def test_an_unreadable_image_ends_training_with_its_name(sample, tmp_path, run):
+    for name in ("label_map.json", "TRAIN_images.json", "TRAIN_objects.json"):
+        (tmp_path / name).write_bytes((sample / name).read_bytes())
+    images = json.loads((tmp_path / "TRAIN_images.json").read_text())
+    broken = tmp_path / "broken.jpg"
+    with open(images[0], "rb") as file:
+        broken.write_bytes(file.read()[:3000])
+    (tmp_path / "TRAIN_images.json").write_text(json.dumps([str(broken)] * len(images)))
+    for workers in (0, 1):
+        arguments = ("--data-folder", tmp_path, "--output-folder", tmp_path / "run", *QUICK, "--iterations", 2)
+        message = run("train.py", *arguments, "--workers", workers, status=2)
+        assert message.startswith(f"error: {broken}: cannot read this image")
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no data"),
+        (("--data-folder", "nowhere"), "nowhere/label_map.json"),
+        (("--data-folder", "nowhere", "--batch-size", 0), "--batch-size 0: must be 1 or more"),
+        (("--data-folder", "nowhere", "--lr", "nan"), "--lr nan"),
+        (("--data-folder", "nowhere", "--unknown", 1), "unrecognized arguments: --unknown"),
+        (("--resume", "nowhere.pth"), "nowhere.pth: no such checkpoint"),
+    ],
+)
+def test_impossible_settings_are_one_line(arguments, message, run, tmp_path):
+    assert message in run("train.py", *arguments, status=2, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_names_the_iteration_and_the_images(sample, tmp_path, run):
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *QUICK, "--iterations", 6, "--lr", 1e12)
+    message = run("train.py", *arguments, "--checkpoint-every", 1, "--grad-clip", 0, status=2)
+    assert "the loss is not finite" in message
+    assert "JPEGImages" in message
+    iteration = int(message.split("iteration ")[1].split(":")[0])
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["iteration"] == iteration - 1
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "text", "foreign", "hostile"])
+def test_checkpoints_that_are_none_are_refused_by_name_and_never_run(kind, trained, sample, tmp_path, run):
+    path, whole = tmp_path / "bad.pth", (trained[0] / "checkpoint.pth").read_bytes()
+    if kind == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif kind == "hostile":
+        torch.save({"format": "ssd300-1", "model": Hostile(tmp_path / "harm")}, path)
+    else:
+        path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"weights"}[kind])
+    with pytest.raises(InputError, match=r"bad\.pth"):
+        load_model(path)
+    assert not (tmp_path / "harm").exists()
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.path}",)
+
+
+def test_evaluation_refuses_a_checkpoint_of_other_classes(trained, sample, tmp_path, run):
+    for name in ("TEST_images.json", "TEST_objects.json"):
+        (tmp_path / name).write_bytes((sample / name).read_bytes())
+    (tmp_path / "label_map.json").write_text(json.dumps(make_label_map(["a", "b", "c", "d", "e"])))
+    message = run("eval.py", "--data-folder", tmp_path, "--checkpoint", trained[0] / "checkpoint.pth", status=2)
+    assert "its classes (background, disc" in message
+    assert str(tmp_path) in message
+
+
+def test_the_learning_rate_rises_then_falls_by_tenths():
+    settings = train.parse_settings(["--data-folder", "x", "--warmup", "4"])
+    rates = [train.learning_rate(i, settings) for i in (0, 1, 3, 4, 79_999, 80_000, 99_999, 100_000, 119_999)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+    assert (settings.batch_size, settings.iterations, settings.momentum, settings.weight_decay) == (
+        32,
+        120_000,
+        0.9,
+        5e-4,
+    )
+
+
+def test_biases_get_twice_the_rate_and_no_decay(model):
+    optimizer = train.make_optimizer(model, train.parse_settings(["--data-folder", "x"]))
+    weights, biases = optimizer.param_groups
+    assert (weights["lr_factor"], weights["weight_decay"]) == (1, 5e-4)
+    assert (biases["lr_factor"], biases["weight_decay"]) == (2, 0)
+    assert sum(p.numel() for p in biases["params"]) == sum(
+        m.bias.numel() for m in model.modules() if hasattr(m, "bias")
+    )
+    assert len(weights["params"]) + len(biases["params"]) == len(list(model.parameters()))
+
+
+class Oracle(torch.nn.Module):
+    """Stands for a network: finds what it is told."""
+
+    def __init__(self, label_map, found):
+        super().__init__()
+        self.label_map, self.found = label_map, found
+        self.register_buffer("priors_cxcy", torch.zeros(1, 4))
+
+    def forward(self, images):
+        self.images = images
+        return images, images
+
+    def detect_objects(self, locs, scores, min_score, max_overlap, top_k):
+        return [[part] for part in self.found]
+
+
+def test_detect_maps_boxes_to_pixels_and_suppresses_classes():
+    label_map = make_label_map(["cat", "dog"])
+    found = torch.tensor([[0.25, 0.5, 0.75, 1.2], [0, 0, 0.5, 0.5]]), torch.tensor([1, 2]), torch.tensor([0.9, 0.8])
+    oracle = Oracle(label_map, found)
+    image = Image.new("L", (200, 100), 70)
+    objects = find_objects(image, 0.2, 0.5, 200, model=oracle)
+    assert objects == [("cat", pytest.approx(0.9), [50, 50, 150, 100]), ("dog", pytest.approx(0.8), [0, 0, 100, 50])]
+    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
+    assert torch.equal(oracle.images[0], transform(image, *nothing, "TEST")[0])  # one preprocessing
+    assert [name for name, _, _ in find_objects(image, 0.2, 0.5, 200, ["cat"], oracle)] == ["dog"]
+    before = image.tobytes()
+    picture = detect(image, 0.2, 0.5, 200, model=oracle)
+    assert (picture.mode, picture.size) == ("RGB", (200, 100))
+    assert image.tobytes() == before
+    assert np.asarray(picture).std() > 10
+    with pytest.raises(InputError, match="cannot suppress cow"):
+        detect(image, 0.2, 0.5, 200, suppress=["cow"], model=oracle)
+
+
+@pytest.mark.parametrize("size", [(24, 18), (300, 300), (2400, 1600)])
+@pytest.mark.parametrize("level", [0, 255])
+def test_annotations_show_on_any_picture(size, level):
+    colors = label_color_map(make_label_map(["white cat", "dog"]))
+    picture = annotate(Image.new("RGB", size, (level,) * 3), [("dog", 0.5, [0, 0, *size])], colors)
+    changed = (np.asarray(picture) != level).any(axis=2)
+    assert changed[:, -1].mean() > 0.9  # the box
+    assert changed[: max(8, size[1] // 40), : size[0] // 20 + 1].mean() > 0.9  # the label's ground
+    nothing = annotate(Image.new("RGB", size), [], colors)
+    assert nothing.size == size
+
+
+def test_evaluation_of_perfect_detections_is_one_with_difficult_objects_left_out():
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]])
+    oracle = Oracle(make_label_map(["cat", "dog", "cow"]), (boxes, torch.tensor([1, 2]), torch.tensor([0.9, 0.8])))
+    batch = torch.zeros(1, 3, 300, 300), [boxes], [torch.tensor([1, 2])], [torch.tensor([0, 1], dtype=torch.uint8)]
+    results = evaluate([batch], oracle)
+    assert results["mAP_11_point"] == results["mAP_area"] == pytest.approx(1)
+    assert results["AP_area"] == {"cat": pytest.approx(1), "dog": None, "cow": None}
