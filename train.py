@@ -30,21 +30,23 @@ SAMPLE = {
     "output_folder": "runs/sample",
     "overwrite": True,
     "no_pretrained": True,
-    "batch_size": 8,
+    "batch_size": 4,
+    "iterations": 60,
+    "lr": 3e-4,
+    "decay_at": [50],
     "warmup": 10,
-    "log_every": 1,
+    "log_every": 5,
     "workers": 1,
-    "iterations": 50,
-    "decay_at": [40],
 }
 SAMPLE_ON_GPU = {
     "batch_size": 32,
+    "iterations": 4000,
+    "lr": 1e-3,
+    "decay_at": [3000, 3600],
     "warmup": 500,
-    "log_every": 10,
-    "workers": 4,
-    "iterations": 5000,
-    "decay_at": [3500, 4500],
-    "checkpoint_every": 500,
+    "grad_clip": 5.0,
+    "log_every": 20,
+    "workers": 8,
 }
 
 
