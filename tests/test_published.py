@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import published
 import pytest
 import torch
 
-import published
 from model import SSD300, MultiBoxLoss
 from utils import calculate_mAP
 
