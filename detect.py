@@ -1,6 +1,6 @@
 """Find objects in a photograph: print them, and write an annotated copy.
 
-python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth
+python detect.py photo.jpg
 python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth --output found.png --min-score 0.4 --suppress person
 """
 
@@ -21,7 +21,7 @@ def parse_arguments(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("image", help="picture to look at")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint that train.py wrote")
+    parser.add_argument("--checkpoint", default="coco", help="of train.py or a known system [torchvision's coco]")
     parser.add_argument("--output", help="annotated copy [IMAGE with _detected before the suffix]")
     parser.add_argument("--min-score", type=float, default=0.2, help="lowest probability [%(default)s]")
     parser.add_argument("--max-overlap", type=float, default=0.5,
@@ -37,7 +37,7 @@ def parse_arguments(arguments=None):
     return settings
 
 
-def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, model=None):
+def find_objects(original_image, min_score, max_overlap, top_k, suppress, model):
     """Return the objects in a picture, best first.
 
     :param original_image: PIL image of any mode and size
@@ -97,8 +97,10 @@ def annotate(original_image, objects, colors):
 def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=None):
     """Return a copy of a picture with the objects that a model finds drawn into it.
 
-    The parameters are those of `find_objects`; nothing that is given is changed.
+    The parameters are those of `find_objects`; without a model torchvision's of COCO is taken. Nothing that is
+    given is changed.
     """
+    model = model or load_model("coco")
     objects = find_objects(original_image, min_score, max_overlap, top_k, suppress, model)
     return annotate(original_image, objects, label_color_map(model.label_map))
 

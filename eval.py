@@ -27,7 +27,7 @@ def parse_arguments(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data-folder", required=True, help="folder with the lists of create_data_lists.py")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint that train.py wrote")
+    parser.add_argument("--checkpoint", default="coco", help="of train.py or a known system [torchvision's coco]")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time")
     parser.add_argument("--workers", type=int, default=2, help="processes that load images, 0 for none")
     parser.add_argument("--results", help="also write the results to this JSON file")
@@ -106,7 +106,7 @@ def main():
     settings = parse_arguments()
     dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(settings.checkpoint, device)
+    model = load_model(settings.checkpoint, device, dataset.label_map)
     if model.label_map != dataset.label_map:
         raise InputError(
             f"{settings.checkpoint}: its classes ({', '.join(model.label_map)}) are not those of "

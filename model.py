@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from utils import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     InputError,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
@@ -125,26 +127,18 @@ class VGGBase(nn.Module):
 
         fc6 is a 7x7 convolution with 4096 filters; every 4th filter, every 3rd row and column remain.
         """
-        weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
-        cache_file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-        try:
-            pretrained = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-            convolutions = [name for name in pretrained if name.startswith("features.")]
-            own = [name for name in self.state_dict() if not name.startswith(("conv6", "conv7"))]
-            layers = dict(zip(own, (pretrained[name] for name in convolutions), strict=True))
-            layers["conv6.weight"] = decimate(pretrained["classifier.0.weight"].view(4096, 512, 7, 7), (4, None, 3, 3))
-            layers["conv6.bias"] = decimate(pretrained["classifier.0.bias"], (4,))
-            layers["conv7.weight"] = decimate(
-                pretrained["classifier.3.weight"].view(4096, 4096, 1, 1), (4, 4, None, None)
-            )
-            layers["conv7.bias"] = decimate(pretrained["classifier.3.bias"], (4,))
-            self.load_state_dict(layers)
-        except Exception as error:  # the network, the disk and a broken file each raise something else
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"cannot get the ImageNet weights of VGG-16 ({reason}): put {weights.url} in place as {cache_file}, "
-                "or train from scratch with --no-pretrained"
-            ) from error
+        pretrained = fetch_weights(
+            torchvision.models.VGG16_Weights.IMAGENET1K_V1, "train from scratch with --no-pretrained"
+        )  # fmt: skip
+        convolutions = [name for name in pretrained if name.startswith("features.")]
+        own = [name for name in self.state_dict() if not name.startswith(("conv6", "conv7"))]
+        layers = dict(zip(own, (pretrained[name] for name in convolutions), strict=True))
+        fc6, fc7 = pretrained["classifier.0.weight"], pretrained["classifier.3.weight"]
+        layers["conv6.weight"] = decimate(fc6.view(4096, 512, 7, 7), (4, None, 3, 3))
+        layers["conv6.bias"] = decimate(pretrained["classifier.0.bias"], (4,))
+        layers["conv7.weight"] = decimate(fc7.view(4096, 4096, 1, 1), (4, 4, None, None))
+        layers["conv7.bias"] = decimate(pretrained["classifier.3.bias"], (4,))
+        self.load_state_dict(layers)
 
 
 class AuxiliaryConvolutions(nn.Module):
@@ -205,9 +199,11 @@ class SSD300(nn.Module):
     :param n_classes: number of classes, background among them
     :param pretrained: start the base from ImageNet weights
     :param priors: family of the priors, a key of PRIOR_FAMILIES
+    :param pixel_mean: for a network that was trained on RGB of 0-255 minus a mean, that mean (red, green, blue);
+        the network then makes its input of the ImageNet-normalised one itself
     """
 
-    def __init__(self, n_classes, pretrained=True, priors="paper"):
+    def __init__(self, n_classes, pretrained=True, priors="paper", pixel_mean=None):
         super().__init__()
         if priors not in PRIOR_FAMILIES:
             raise ValueError(f"priors must be one of {', '.join(PRIOR_FAMILIES)}, not {priors!r}")
@@ -219,15 +215,27 @@ class SSD300(nn.Module):
         self.pred_convs = PredictionConvolutions(n_classes)
         # Scale of each channel of conv4_3 after its L2 normalisation, learned (paper §3.1, [12] ParseNet).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
+        self.set_pixel_mean(pixel_mean)
         self.register_buffer("priors_cxcy", self.create_prior_boxes(), persistent=False)
 
     def forward(self, images):
         """Return locs (N, 8732, 4), gcxgcy, and scores (N, 8732, n_classes) for images (N, 3, 300, 300)."""
+        if self.pixel_mean is not None:
+            images = images * self.input_scale + self.input_shift
         conv4_3, conv7 = self.base(images)
         with torch.autocast(images.device.type, enabled=False):  # squares of features overflow half precision
             conv4_3 = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors
         locs, scores = self.pred_convs(conv4_3, conv7, *self.aux_convs(conv7))
         return locs, scores
+
+    def set_pixel_mean(self, pixel_mean):
+        """Let the network be one that was trained on RGB of 0-255 minus this mean; None for ImageNet-normalised."""
+        self.pixel_mean = pixel_mean
+        mean, std, own = (
+            torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD, pixel_mean or (0, 0, 0))
+        )
+        self.register_buffer("input_scale", 255 * std, persistent=False)
+        self.register_buffer("input_shift", 255 * mean - own, persistent=False)
 
     def create_prior_boxes(self):
         """Return the 8,732 priors (8732, 4), fractional cxcy: by feature map, row, column and shape (paper §2.2).
@@ -383,6 +391,22 @@ class MultiBoxLoss(nn.Module):
         true_boxes = boxes.gather(1, best_object[..., None].expand(-1, -1, 4))
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)
         return true_locs, torch.where(positive, labels.gather(1, best_object), 0)
+
+
+def fetch_weights(weights, instead):
+    """Return the state dict of published weights, an enum of torchvision's: downloaded once, checked, cached.
+
+    :param instead: what a user may do without them, for the error
+    :raises InputError: naming the cache file to put in place, where they cannot be had
+    """
+    cache_file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # the network, the disk and a broken file each raise something else
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"cannot get torchvision's {weights} ({reason}): put {weights.url} in place as {cache_file}, or {instead}"
+        ) from error
 
 
 def _initialize(module, initialize, **options):

@@ -18,7 +18,7 @@ import torchvision
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint, load_weights, save_checkpoint
+from checkpoints import load_base, load_checkpoint, load_model, make_model, save_checkpoint, save_weights, transfer
 from create_data_lists import make_sample
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
 from model import SSD300, MultiBoxLoss
@@ -73,6 +73,8 @@ def make_parser():
     add("--momentum", type=float, default=0.9, help="of SGD [%(default)s]")
     add("--weight-decay", type=float, default=5e-4, help="of weights; biases get none [%(default)s]")
     add("--no-pretrained", action="store_true", help="start from random weights, not from ImageNet's")
+    add("--base", metavar="FILE", help="start from the paper's reduced VGG-16, vgg16_reducedfc.pth, instead")
+    add("--init-from", metavar="SOURCE", help="start from a whole network: any checkpoint, or coco")
     add("--seed", type=int, default=0, help="of weights, order and augmentation [%(default)s]")
 
     # Not in the paper.
@@ -86,6 +88,7 @@ def make_parser():
         help="iterations between losses over the test split, by which best.pth goes; 0: never")  # fmt: skip
     add("--log-every", type=int, default=20, metavar="N", help="iterations per record in log.jsonl [%(default)s]")
     add("--resume", metavar="FILE", help="go on from this checkpoint, with its settings")
+    add("--weights-only", metavar="FILE", help="at the end also write the network alone, a small file to share")
     return parser
 
 
@@ -101,6 +104,8 @@ def parse_settings(arguments=None):
 
     if not settings.data_folder:
         raise InputError("no data: give --data-folder, or --sample for a small synthetic set")
+    if bool(settings.base) + bool(settings.init_from) + settings.no_pretrained > 1:
+        raise InputError("--base, --init-from and --no-pretrained exclude each other; give one")
     for name, least in (("batch_size", 1), ("iterations", 1), ("checkpoint_every", 1), ("log_every", 1), ("workers", 0),
                         ("validate_every", 0), ("warmup", 0), ("seed", 0), ("lr", 0), ("momentum", 0),
                         ("weight_decay", 0), ("grad_clip", 0)):  # fmt: skip
@@ -169,27 +174,35 @@ def build(settings, device):
     dataset = PascalVOCDataset(
         settings.data_folder, "TRAIN", keep_difficult=True, augment=not settings.no_augmentation, seed=settings.seed
     )  # difficult objects are trained on: ssd_pascal.py, use_difficult_gt
-    torch.manual_seed(settings.seed)
-    model = SSD300(len(dataset.label_map), pretrained=not (settings.no_pretrained or settings.resume))
-    model.label_map = dataset.label_map
     start, best_loss = 0, float("inf")
+    torch.manual_seed(settings.seed)
     if settings.resume:
         checkpoint = load_checkpoint(settings.resume)
-        if checkpoint["label_map"] != model.label_map:
+        if checkpoint["label_map"] != dataset.label_map:
             raise InputError(
                 f"{settings.resume}: its classes ({', '.join(checkpoint['label_map'])}) are not those of "
-                f"{settings.data_folder} ({', '.join(model.label_map)}); resume on the same data"
+                f"{settings.data_folder} ({', '.join(dataset.label_map)}); resume on the same data"
             )
         for name in ("batch_size", "seed"):
             if checkpoint["settings"][name] != getattr(settings, name):
                 raise InputError(f"{settings.resume}: trained with another --{name.replace('_', '-')}; leave it out")
-        load_weights(model, checkpoint["model"], settings.resume)
         start, best_loss = checkpoint["iteration"], checkpoint["best_loss"]
         if start >= settings.iterations:
             raise InputError(f"{settings.resume}: has its {start} iterations; give more with --iterations")
+        model = make_model(checkpoint, settings.resume)
+    elif settings.init_from:
+        model, shared = transfer(load_model(settings.init_from), dataset.label_map)
+        fresh = [name for name in dataset.label_map if name not in shared]
+        print(f"{settings.init_from}: took all layers and the class filters of {', '.join(shared)}")
+        print(f"freshly initialised: the class filters of {', '.join(fresh) or 'none'}")
+    else:
+        model = SSD300(len(dataset.label_map), pretrained=not (settings.no_pretrained or settings.base))
+        model.label_map = dataset.label_map
+        if settings.base:
+            load_base(model, settings.base)
     model.to(device).train()
     optimizer = make_optimizer(model, settings)
-    if settings.resume:
+    if start:
         optimizer.load_state_dict(checkpoint["optimizer"])
     return dataset, model, MultiBoxLoss(model.priors_cxcy), optimizer, start, best_loss
 
@@ -249,6 +262,8 @@ def train(settings):
             interval = Interval()  # validation and saving count in none
         interval.start_waiting()
     bar.close()
+    if settings.weights_only:
+        save_weights(settings.weights_only, model)
     return paths["checkpoint.pth"]
 
 

@@ -1,0 +1,332 @@
+"""Weights of other systems: recognised by content, exact, and never run."""
+
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from published import images, seeded
+from test_published import DATA
+from torch import nn
+from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
+from torchvision.models.detection.image_list import ImageList
+
+from checkpoints import load_checkpoint, load_model, save_checkpoint, save_weights, transfer
+from model import SSD300
+from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_xy, label_map, make_label_map
+
+SSD_PYTORCH = np.load(DATA / "ssdpytorch_reference.npz")
+CATEGORIES = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
+
+
+def from_pixels(pixels, mean, std=(1, 1, 1)):
+    """The ImageNet-normalised images of which another system makes `pixels`: (RGB of 0-255 - mean) / std."""
+    mean, std, ours, deviation = (
+        torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std, IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return ((pixels * std + mean) / 255 - ours) / deviation
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return model(inputs)
+
+
+def assert_same_outputs(model, other, tolerance=0.0):
+    for ours, theirs in zip(outputs(model, images()[:1]), outputs(other, images()[:1]), strict=True):
+        assert (ours - theirs).abs().max() <= tolerance
+
+
+def ssd_pytorch_weights():
+    shapes = [tuple(map(int, re.findall(r"\d+", shape))) for shape in SSD_PYTORCH["shapes"]]
+    return {str(name): seeded(str(name), shape) for name, shape in zip(SSD_PYTORCH["names"], shapes, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def torchvision_model():
+    """torchvision's own with 91 classes and random weights that tell classes apart."""
+    torch.manual_seed(1)
+    network = ssd300_vgg16(weights=None, weights_backbone=None).eval()
+    for parameter in network.head.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return network
+
+
+def torchvision_outputs(network, pixels):
+    """Box offsets and class logits of RGB (N, 3, 300, 300), 0-1, by torchvision's own transform, backbone and head."""
+    with torch.no_grad():
+        prepared, _ = network.transform(list(pixels))
+        features = list(network.backbone(prepared.tensors).values())
+        return network.head(features), prepared, features
+
+
+@pytest.mark.parametrize("mean", [None, (123.0, 117.0, 104.0)])
+def test_our_own_checkpoints_and_exported_weights_are_exact(tmp_path, mean):
+    torch.manual_seed(2)
+    model = SSD300(4, pretrained=False, priors="coco", pixel_mean=mean).eval()
+    model.label_map = make_label_map(["a", "b", "c"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    model(images()[:1])[0].sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "all.pth", model, optimizer, 7, 1.5, {"seed": 3})
+    save_weights(tmp_path / "small.any", model)
+    for name in ("all.pth", "small.any"):
+        loaded = load_model(tmp_path / name)
+        assert not loaded.training
+        assert loaded.label_map == model.label_map
+        assert (loaded.priors, loaded.pixel_mean) == ("coco", mean)
+        assert_same_outputs(loaded, model)
+    assert (tmp_path / "small.any").stat().st_size < 0.6 * (tmp_path / "all.pth").stat().st_size
+    assert load_checkpoint(tmp_path / "all.pth")["iteration"] == 7
+    with pytest.raises(InputError, match=r"small\.any: no checkpoint to go on from"):
+        load_checkpoint(tmp_path / "small.any")
+
+
+@pytest.fixture
+def tutorial_classes(monkeypatch):
+    """Classes as the tutorial pickles them: in a module `model`, by its names, with none of our code."""
+    module = types.ModuleType("model")
+    for name in ("SSD300", "VGGBase", "AuxiliaryConvolutions", "PredictionConvolutions"):
+        setattr(module, name, type(name, (nn.Module,), {"__module__": "model"}))
+    monkeypatch.setitem(sys.modules, "model", module)
+    return module
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_tutorials_checkpoint_loads_with_its_whole_model_pickled(tmp_path, model, tutorial_classes, zipped):
+    whole = tutorial_classes.SSD300()
+    parts = {"base": "VGGBase", "aux_convs": "AuxiliaryConvolutions", "pred_convs": "PredictionConvolutions"}
+    for name, kind in parts.items():
+        setattr(whole, name, getattr(tutorial_classes, kind)())
+        for layer, convolution in model.get_submodule(name).named_children():
+            setattr(whole.get_submodule(name), layer, convolution)
+    whole.rescale_factors = model.rescale_factors
+    whole.priors_cxcy = model.priors_cxcy.clone()
+    whole._backend = {}
+    whole.n_classes = 21
+    optimizer = torch.optim.SGD(
+        [{"params": [whole.rescale_factors], "lr": 2e-3}, {"params": list(whole.base.parameters())}],
+        lr=1e-3,
+        momentum=0.9,
+    )
+    for parameter in whole.base.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    contents = {"epoch": 231, "model": whole, "optimizer": optimizer}
+    torch.save(contents, tmp_path / "checkpoint.pth.tar", _use_new_zipfile_serialization=zipped)
+    loaded = load_model(tmp_path / "checkpoint.pth.tar")
+    assert loaded.label_map == label_map
+    assert (loaded.priors, loaded.pixel_mean) == ("paper", None)
+    assert_same_outputs(loaded, model)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda w: w, lambda w: {"model": w}, lambda w: {f"module.{n}": v for n, v in w.items()}]
+)
+def test_a_state_dict_in_the_tutorials_names_is_exact(tmp_path, model, wrap):
+    torch.save(wrap(model.state_dict()), tmp_path / "weights")
+    loaded = load_model(tmp_path / "weights")
+    assert loaded.label_map == label_map
+    assert_same_outputs(loaded, model)
+
+
+def test_a_file_without_class_names_takes_those_that_are_given(tmp_path):
+    torch.save(SSD300(4, pretrained=False).state_dict(), tmp_path / "weights")
+    names = make_label_map(["x", "y", "z"])
+    assert load_model(tmp_path / "weights", label_map=names).label_map == names
+    assert load_model(tmp_path / "weights").label_map == make_label_map(["class 1", "class 2", "class 3"])
+
+
+def test_ssd_pytorchs_weights_give_its_recorded_outputs(tmp_path):
+    torch.save(ssd_pytorch_weights(), tmp_path / "weights.pth")
+    loaded = load_model(tmp_path / "weights.pth")
+    assert loaded.label_map == label_map
+    assert np.abs(loaded.priors_cxcy.numpy() - SSD_PYTORCH["priors"]).max() < 1e-6
+    locs, scores = outputs(loaded, from_pixels(images(), (123, 117, 104)))
+    index = SSD_PYTORCH["idx"]
+    assert np.abs(locs[:, index].numpy() - SSD_PYTORCH["locs"]).max() < 1e-3
+    assert np.abs(scores[:, index].numpy() - SSD_PYTORCH["scores"]).max() < 1e-3
+
+
+def test_torchvisions_coco_weights_give_its_outputs_for_the_classes_of_voc(tmp_path, torchvision_model):
+    torch.save(torchvision_model.state_dict(), tmp_path / "coco")
+    loaded = load_model(tmp_path / "coco")
+    pixels = torch.rand(2, 3, 300, 300, generator=torch.Generator().manual_seed(0))
+    theirs, _, _ = torchvision_outputs(torchvision_model, pixels)
+    locs, scores = outputs(loaded, from_pixels(pixels * 255, (0, 0, 0)))
+    renamed = {"aeroplane": "airplane", "sofa": "couch", "diningtable": "dining table", "motorbike": "motorcycle",
+               "pottedplant": "potted plant", "tvmonitor": "tv", "background": "__background__"}  # fmt: skip
+    chosen = [CATEGORIES.index(renamed.get(name, name)) for name in label_map]
+    assert loaded.label_map == label_map
+    assert (locs - theirs["bbox_regression"]).abs().max() < 1e-3
+    assert (scores - theirs["cls_logits"][..., chosen]).abs().max() < 1e-3
+    assert theirs["cls_logits"].std() > 0.1
+
+
+def test_detections_are_those_of_torchvisions_post_processing(tmp_path):
+    torch.manual_seed(4)
+    network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21, topk_candidates=8732).eval()
+    for head in (network.head.classification_head, network.head.regression_head):
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, std=0.01)
+    torch.save(network.state_dict(), tmp_path / "torchvision")
+    loaded = load_model(tmp_path / "torchvision")
+    pixels = torch.rand(2, 3, 300, 300, generator=torch.Generator().manual_seed(0))
+    head_outputs, prepared, features = torchvision_outputs(network, pixels)
+    anchors = network.anchor_generator(ImageList(prepared.tensors, [(300, 300)] * 2), features)
+    assert torch.allclose(anchors[0] / 300, cxcy_to_xy(loaded.priors_cxcy), atol=1e-5)
+    with torch.no_grad():
+        expected = network.postprocess_detections(head_outputs, anchors, [(300, 300)] * 2)
+    found = loaded.detect_objects(
+        *outputs(loaded, from_pixels(pixels * 255, (0, 0, 0))),
+        network.score_thresh, network.nms_thresh, network.detections_per_img,
+    )  # fmt: skip
+    for image, theirs in enumerate(expected):
+        assert len(theirs["labels"]) > 20
+        assert found[1][image].tolist() == theirs["labels"].tolist()
+        assert torch.allclose(found[2][image], theirs["scores"], atol=1e-5)
+        assert torch.allclose(found[0][image].clamp(0, 1) * 300, theirs["boxes"], atol=1e-2)
+
+
+def test_coco_comes_from_torchvisions_cache_or_ends_in_one_line(tmp_path, monkeypatch, torchvision_model, run):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints" / "ssd300_vgg16_coco-b556d3b4.pth"
+    cache.parent.mkdir(parents=True)
+    torch.save(torchvision_model.state_dict(), cache)
+    assert load_model("coco").label_map == label_map
+    cache.unlink()
+    monkeypatch.setattr(SSD300_VGG16_Weights.COCO_V1.value, "url", "http://127.0.0.1:9/ssd300_vgg16_coco-b556d3b4.pth")
+    with pytest.raises(InputError, match="give another --checkpoint") as caught:
+        load_model("coco")
+    assert str(cache) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def reduced_vgg(path):
+    shapes = {name: value.shape for name, value in SSD300(2, pretrained=False).base.state_dict().items()}
+    numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33)
+    names = [f"{number}.{part}" for number in numbers for part in ("weight", "bias")]
+    weights = {name: seeded(name, tuple(shape)) for name, shape in zip(names, shapes.values(), strict=True)}
+    torch.save(dict(reversed(weights.items())), path)  # the order in the file does not matter
+    return weights
+
+
+def test_training_starts_from_the_reduced_vgg_with_its_own_input(tmp_path, sample, run):
+    weights = reduced_vgg(tmp_path / "base.bin")
+    command = (
+        "--data-folder",
+        sample,
+        "--output-folder",
+        tmp_path / "run",
+        "--batch-size",
+        1,
+        "--workers",
+        0,
+        "--lr",
+        0,
+    )
+    run("train.py", *command, "--iterations", 1, "--base", tmp_path / "base.bin", "--weights-only", tmp_path / "out")
+    loaded = load_model(tmp_path / "out")
+    assert loaded.pixel_mean == (123, 117, 104)
+    assert loaded.label_map["disc"] == 1
+    assert torch.equal(loaded.base.conv5_3.weight, weights["28.weight"])
+    assert torch.equal(loaded.base.conv7.bias, weights["33.bias"])
+    pixels = torch.rand(1, 3, 300, 300) * 255 - 100
+    theirs, x = loaded.base(pixels)[0], from_pixels(pixels, (123, 117, 104))
+    assert torch.allclose(loaded.base(x * loaded.input_scale + loaded.input_shift)[0], theirs, atol=1e-2, rtol=1e-3)
+    message = run("train.py", *command, "--iterations", 1, "--base", tmp_path / "out", "--overwrite", status=2)
+    assert "out: not the reduced VGG-16" in message
+
+
+def test_classes_are_carried_over_by_name():
+    torch.manual_seed(5)
+    source = SSD300(4, pretrained=False, priors="caffe", pixel_mean=(1.0, 2.0, 3.0)).eval()
+    source.label_map = make_label_map(["cat", "dog", "cow"])
+    wanted = make_label_map(["cow", "newt", "cat"])
+    model, shared = transfer(source, wanted)
+    assert sorted(shared) == ["background", "cat", "cow"]
+    assert (model.priors, model.pixel_mean) == ("caffe", (1.0, 2.0, 3.0))
+    locs, scores = outputs(model.eval(), images()[:1])
+    their_locs, their_scores = outputs(source, images()[:1])
+    assert torch.allclose(locs, their_locs, atol=1e-5)
+    assert torch.allclose(scores[..., [0, 1, 3]], their_scores[..., [0, 3, 1]], atol=1e-4)
+    assert not torch.allclose(scores[..., 2], their_scores[..., 2], atol=1e-2)
+
+
+def test_training_starts_from_another_network_and_says_what_it_took(tmp_path, sample, model, run):
+    torch.save(model.state_dict(), tmp_path / "tutorial")
+    printed = run(
+        "train.py", "--data-folder", sample, "--output-folder", tmp_path / "run", "--batch-size", 1, "--workers", 0,
+        "--iterations", 1, "--lr", 0, "--init-from", tmp_path / "tutorial",
+    )  # fmt: skip
+    assert "took all layers and the class filters of background" in printed
+    assert "freshly initialised: the class filters of disc, rectangle, triangle, star, ring" in printed
+    trained = load_model(tmp_path / "run" / "checkpoint.pth")
+    assert torch.equal(trained.aux_convs.conv9_1.weight, model.aux_convs.conv9_1.weight)
+    assert torch.equal(trained.pred_convs.loc_conv7.weight, model.pred_convs.loc_conv7.weight)
+
+
+def test_a_hostile_checkpoint_in_the_tutorials_old_format_is_not_run(tmp_path, tutorial_classes):
+    whole = tutorial_classes.SSD300()
+    whole.harm = Hostile(tmp_path / "harm")
+    torch.save({"model": whole}, tmp_path / "bad.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"bad\.pth: cannot be read") as caught:
+        load_model(tmp_path / "bad.pth")
+    assert "not allowed" in str(caught.value.__cause__)
+    assert not (tmp_path / "harm").exists()
+
+
+class Hostile:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def truncated(path, weights):
+    torch.save(weights, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD = {
+    "truncated": truncated,
+    "empty": lambda path, weights: path.write_bytes(b""),
+    "text": lambda path, weights: path.write_text("weights"),
+    "a tensor": lambda path, weights: torch.save(torch.zeros(3), path),
+    "a list": lambda path, weights: torch.save([1, 2], path),
+    "foreign": lambda path, weights: torch.save(torchvision.models.vgg11().features.state_dict(), path),
+    "hostile": lambda path, weights: torch.save({"model": Hostile(path.parent / "harm")}, path),
+    "a layer short": lambda path, weights: torch.save({n: v for n, v in weights.items() if n != "vgg.2.bias"}, path),
+    "wrong class count": lambda path, weights: torch.save({**weights, "conf.3.bias": torch.zeros(60)}, path),
+    "no labels": lambda path, weights: torch.save({"format": "ssd300-1", "model": weights}, path),
+    "labels that do not fit": lambda path, weights: torch.save(
+        {"format": "ssd300-1", "model": weights, "label_map": label_map, "priors": "paper", "pixel_mean": None}, path
+    ),
+    "hostile labels": lambda path, weights: torch.save(
+        {"format": "ssd300-1", "model": weights, "label_map": [1], "priors": {}, "pixel_mean": "x"}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_file_that_is_no_network_is_named_on_one_line_and_not_run(kind, tmp_path):
+    BAD[kind](tmp_path / "bad.pth", ssd_pytorch_weights())
+    with pytest.raises(InputError, match=r"bad\.pth") as caught:
+        load_model(tmp_path / "bad.pth")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_detection_says_which_file_it_cannot_use_and_leaves_nothing(tmp_path, sample, run):
+    (tmp_path / "bad.pth").write_text("weights")
+    image = next((sample / "VOC2007" / "JPEGImages").glob("*.jpg"))
+    message = run("detect.py", image, "--checkpoint", tmp_path / "bad.pth", "--output", tmp_path / "out.png", status=2)
+    assert message.startswith(f"error: {tmp_path / 'bad.pth'}: cannot be read")
+    assert not (tmp_path / "out.png").exists()
