@@ -200,9 +200,8 @@ _ALLOWED = [
     (_Remains, "torch.nn.modules.conv.Conv2d"),
     (_Remains, "torch.nn.modules.pooling.MaxPool2d"),
     (_Remains, "torch.optim.sgd.SGD"),
+    *((_nothing, f"{module}.{name}") for module in ("builtins", "__builtin__") for name in ("dict", "set")),
     (_nothing, "collections.defaultdict"),
-    (_nothing, "builtins.dict"),
-    (_nothing, "__builtin__.dict"),
     (_nothing, "torch.nn.backends.thnn._get_thnn_function_backend"),
 ]
 

@@ -95,6 +95,7 @@ def tutorial_classes(monkeypatch):
     return module
 
 
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_tutorials_checkpoint_loads_with_its_whole_model_pickled(tmp_path, model, tutorial_classes, zipped):
     whole = tutorial_classes.SSD300()
@@ -172,7 +173,7 @@ def test_detections_are_those_of_torchvisions_post_processing(tmp_path):
     network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21, topk_candidates=8732).eval()
     for head in (network.head.classification_head, network.head.regression_head):
         for parameter in head.parameters():
-            nn.init.normal_(parameter, std=0.01)
+            nn.init.normal_(parameter, std=0.002)
     torch.save(network.state_dict(), tmp_path / "torchvision")
     loaded = load_model(tmp_path / "torchvision")
     pixels = torch.rand(2, 3, 300, 300, generator=torch.Generator().manual_seed(0))
@@ -180,7 +181,10 @@ def test_detections_are_those_of_torchvisions_post_processing(tmp_path):
     anchors = network.anchor_generator(ImageList(prepared.tensors, [(300, 300)] * 2), features)
     assert torch.allclose(anchors[0] / 300, cxcy_to_xy(loaded.priors_cxcy), atol=1e-5)
     with torch.no_grad():
-        expected = network.postprocess_detections(head_outputs, anchors, [(300, 300)] * 2)
+        # torchvision cuts boxes at the image's border before NMS, we do not: in the middle of a larger image it
+        # has nothing to cut.
+        shifted = [anchor + 300 for anchor in anchors]
+        expected = network.postprocess_detections(head_outputs, shifted, [(900, 900)] * 2)
     found = loaded.detect_objects(
         *outputs(loaded, from_pixels(pixels * 255, (0, 0, 0))),
         network.score_thresh, network.nms_thresh, network.detections_per_img,
@@ -189,7 +193,7 @@ def test_detections_are_those_of_torchvisions_post_processing(tmp_path):
         assert len(theirs["labels"]) > 20
         assert found[1][image].tolist() == theirs["labels"].tolist()
         assert torch.allclose(found[2][image], theirs["scores"], atol=1e-5)
-        assert torch.allclose(found[0][image].clamp(0, 1) * 300, theirs["boxes"], atol=1e-2)
+        assert torch.allclose(found[0][image] * 300, theirs["boxes"] - 300, atol=1e-2)
 
 
 def test_coco_comes_from_torchvisions_cache_or_ends_in_one_line(tmp_path, monkeypatch, torchvision_model, run):
@@ -270,6 +274,7 @@ def test_training_starts_from_another_network_and_says_what_it_took(tmp_path, sa
     assert torch.equal(trained.pred_convs.loc_conv7.weight, model.pred_convs.loc_conv7.weight)
 
 
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 def test_a_hostile_checkpoint_in_the_tutorials_old_format_is_not_run(tmp_path, tutorial_classes):
     whole = tutorial_classes.SSD300()
     whole.harm = Hostile(tmp_path / "harm")
