@@ -340,7 +340,7 @@ def main():
     print(f"trained: {checkpoint}; next:")
     print(f"python eval.py --data-folder {settings.data_folder} --checkpoint {checkpoint}")
     image = PascalVOCDataset(settings.data_folder, "TEST").images[0]
-    print(f"python detect.py {os.path.relpath(image)} --checkpoint {checkpoint}")
+    print(f"python detect.py {min(image, os.path.relpath(image), key=len)} --checkpoint {checkpoint}")
 
 
 if __name__ == "__main__":
