@@ -37,15 +37,15 @@ def parse_arguments(arguments=None):
     return settings
 
 
-def find_objects(original_image, min_score, max_overlap, top_k, suppress, model):
+def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=None):
     """Return the objects in a picture, best first.
 
     :param original_image: PIL image of any mode and size
+    :param model: SSD300 with its label_map, as `load_model` gives it
     :param min_score: probability that a detection is above
     :param max_overlap: jaccard overlap from above which the weaker of two boxes of a class goes
     :param top_k: most objects
     :param suppress: names of classes to leave out
-    :param model: SSD300 with its label_map, as `load_model` gives it
     :return: (class name, score, box) per object; the box in pixel xy of the upright picture, inside of it
     :raises InputError: for a class that the model does not know
     """
@@ -101,7 +101,7 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=N
     given is changed.
     """
     model = model or load_model("coco")
-    objects = find_objects(original_image, min_score, max_overlap, top_k, suppress, model)
+    objects = find_objects(original_image, model, min_score, max_overlap, top_k, suppress)
     return annotate(original_image, objects, label_color_map(model.label_map))
 
 
@@ -110,9 +110,8 @@ def main():
     settings = parse_arguments()
     image = read_image(settings.image)
     model = load_model(settings.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    objects = find_objects(
-        image, settings.min_score, settings.max_overlap, settings.top_k, settings.suppress, model
-    )  # fmt: skip
+    limits = settings.min_score, settings.max_overlap, settings.top_k
+    objects = find_objects(image, model, *limits, settings.suppress)
     picture = annotate(image, objects, label_color_map(model.label_map))
     with atomic_writer(settings.output) as file:
         picture.save(file, Image.registered_extensions()[os.path.splitext(settings.output)[1].lower()])

@@ -160,7 +160,7 @@ def test_an_unreadable_image_ends_training_with_its_name(sample, tmp_path, run):
         (("--data-folder", "nowhere", "--batch-size", 0), "--batch-size 0: must be 1 or more"),
         (("--data-folder", "nowhere", "--lr", "nan"), "--lr nan"),
         (("--data-folder", "nowhere", "--unknown", 1), "unrecognized arguments: --unknown"),
-        (("--resume", "nowhere.pth"), "nowhere.pth: no such checkpoint"),
+        (("--resume", "nowhere.pth"), "nowhere.pth: no such file"),
     ],
 )
 def test_impossible_settings_are_one_line(arguments, message, run, tmp_path):
@@ -256,11 +256,11 @@ def test_detect_maps_boxes_to_pixels_and_suppresses_classes():
     found = torch.tensor([[0.25, 0.5, 0.75, 1.2], [0, 0, 0.5, 0.5]]), torch.tensor([1, 2]), torch.tensor([0.9, 0.8])
     oracle = Oracle(label_map, found)
     image = Image.new("L", (200, 100), 70)
-    objects = find_objects(image, 0.2, 0.5, 200, model=oracle)
+    objects = find_objects(image, oracle, 0.2, 0.5, 200)
     assert objects == [("cat", pytest.approx(0.9), [50, 50, 150, 100]), ("dog", pytest.approx(0.8), [0, 0, 100, 50])]
     nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
     assert torch.equal(oracle.images[0], transform(image, *nothing, "TEST")[0])  # one preprocessing
-    assert [name for name, _, _ in find_objects(image, 0.2, 0.5, 200, ["cat"], oracle)] == ["dog"]
+    assert [name for name, _, _ in find_objects(image, oracle, 0.2, 0.5, 200, ["cat"])] == ["dog"]
     before = image.tobytes()
     picture = detect(image, 0.2, 0.5, 200, model=oracle)
     assert (picture.mode, picture.size) == ("RGB", (200, 100))
