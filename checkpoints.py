@@ -7,7 +7,6 @@ model = load_model("ssd300_mAP_77.43_v2.pth")  # ssd.pytorch's
 
 import pickle
 import re
-import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from utils import InputError, atomic_writer, check_label_map, make_label_map
 from utils import label_map as voc_label_map
 
 FORMAT = "ssd300-1"  # changes when older files can no longer be read
-_LAYERS = "an SSD300 of this code, the public PyTorch tutorial, ssd.pytorch or torchvision"
+_NETWORKS = "an SSD300 of this code, the public PyTorch tutorial, ssd.pytorch or torchvision"
 
 # Other systems' state dicts. Key: a name that tells the system. prefixes: of its names, in the order of our own
 # parameters (scale of conv4_3, base and auxiliary layers, boxes, classes). All of them order the boxes of a cell
@@ -85,7 +84,7 @@ def load_checkpoint(path):
     :raises InputError: naming the file, where it is missing, broken, or not such a checkpoint
     """
     checkpoint = _read(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or "optimizer" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "optimizer" not in checkpoint:
         raise InputError(f"{path}: no checkpoint to go on from; give one that train.py wrote, or use --init-from")
     _check(checkpoint, ("optimizer", "iteration", "best_loss", "settings"), path)
     return checkpoint
@@ -93,10 +92,25 @@ def load_checkpoint(path):
 
 def _check(checkpoint, keys, path):
     """Raise InputError unless a file of our own has what describes a model, and these keys."""
+    if checkpoint["format"] != FORMAT:
+        raise InputError(f"{path}: of format {checkpoint['format']}, not {FORMAT}; use the code that wrote it")
     missing = [key for key in ("model", "label_map", "priors", "pixel_mean", *keys) if key not in checkpoint]
     if missing or str(checkpoint["priors"]) not in PRIOR_FAMILIES:
         raise InputError(f"{path}: damaged checkpoint, without {', '.join(missing) or 'known priors'}; give another")
+    kinds = {"iteration": int, "best_loss": float, "settings": dict}
+    wrong = [key for key in keys if not isinstance(checkpoint[key], kinds.get(key, object))]
+    if wrong:
+        raise InputError(f"{path}: damaged checkpoint, wrong {', '.join(wrong)}; give another")
     check_label_map(checkpoint["label_map"], path)
+
+
+def load_optimizer(optimizer, checkpoint, path):
+    """Load the momenta of a checkpoint, not its settings; InputError that names `path` where they do not fit."""
+    try:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged checkpoint, its optimizer state does not fit; give another") from error
 
 
 def make_model(description, path):
@@ -108,7 +122,7 @@ def make_model(description, path):
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: its weights do not fit an SSD300 of {len(label_map)} classes, background included; "
-            f"expected {_LAYERS}"
+            f"expected {_NETWORKS}"
         ) from error
     model.label_map = label_map
     return model
@@ -128,17 +142,17 @@ def load_model(source, device="cpu", label_map=None):
     :raises InputError: naming the file, where it cannot be used
     """
     if source == "coco":
-        contents = fetch_weights(SSD300_VGG16_Weights.COCO_V1, "give another --checkpoint")
+        contents = fetch_weights(SSD300_VGG16_Weights.COCO_V1, "give a file of weights instead of coco")
     else:
         contents = _read(source)
-    if isinstance(contents, dict) and contents.get("format") == FORMAT:
+    if isinstance(contents, dict) and "format" in contents:
         _check(contents, (), source)
         return make_model(contents, source).to(device).eval()
     try:
         description = _describe(contents)
         n_classes = len(description["model"]["pred_convs.cl_conv4_3.bias"]) // 4
     except Exception as error:  # anything may be in a file, nested in any way
-        raise InputError(f"{source}: holds no weights of a known system; expected {_LAYERS}") from error
+        raise InputError(f"{source}: holds no weights of a known system; expected {_NETWORKS}") from error
     if n_classes == len(voc_label_map):
         label_map = voc_label_map
     elif label_map is None or len(label_map) != n_classes:
@@ -153,14 +167,13 @@ def load_base(model, path):
 
     :raises InputError: naming the file, where it is none
     """
-    contents = _read(path)
+    expected = "vgg16_reducedfc.pth, the reduced VGG-16 with names 0.weight ... 33.bias"
+    contents = _read(path, expected)
     try:
         names = sorted(contents, key=lambda name: _place(name, ("",)))
         model.base.load_state_dict(dict(zip(model.base.state_dict(), (contents[n] for n in names), strict=True)))
     except Exception as error:  # anything may be in a file
-        raise InputError(
-            f"{path}: not the reduced VGG-16; expected vgg16_reducedfc.pth, 0.weight ... 33.bias"
-        ) from error
+        raise InputError(f"{path}: not the reduced VGG-16; expected {expected}") from error
     model.set_pixel_mean(_CAFFE_MEAN)
 
 
@@ -187,8 +200,6 @@ def transfer(source, label_map):
 class _Remains:
     """Stands for a class of a pickled model or optimizer: keeps the attributes, has none of the code."""
 
-    dump_patches = False  # torch.load asks for it when it compares the source of classes in an old file
-
 
 def _nothing(*_):
     return {}
@@ -206,8 +217,10 @@ _ALLOWED = [
 ]
 
 
-class _AllowListUnpickler(pickle.Unpickler):
-    """Unpickles tensors and what is allowed, nothing else."""
+class _AllowListUnpickler(pickle._Unpickler):
+    """Unpickles tensors and what is allowed, nothing else; in Python, to look at single instructions."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     allowed = {name: stand_in for stand_in, name in _ALLOWED} | {
         "collections.OrderedDict": OrderedDict,
@@ -221,17 +234,31 @@ class _AllowListUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         return self.allowed[f"{module}.{name}"]
 
+    def load_build(self):
+        """Give an object its attributes, but never a class or a function, which outlive the file."""
+        if type(self.stack[-2]) not in (_Remains, OrderedDict):
+            raise pickle.UnpicklingError(f"attributes of a {type(self.stack[-2]).__name__} are not allowed")
+        super().load_build()
+
+    def load_binpersid(self):
+        """Take a class alone of ('module', class, file, source); torch.load would compare and even write source."""
+        if self.stack[-1][0] == "module":
+            self.stack[-1] = self.stack[-1][1]
+        else:
+            super().load_binpersid()
+
+    dispatch[pickle.BUILD[0]], dispatch[pickle.BINPERSID[0]] = load_build, load_binpersid
+
     @classmethod
     def load_file(cls, file, **options):
         """Do what pickle.load does."""
         return cls(file, **options).load()
 
 
-def _read(path):
+def _read(path, expected=_NETWORKS):
     """Return what a file of torch.save holds, on the CPU, running no code from it; InputError that names it."""
     try:
-        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # older files hold the source of their classes and ask to compare it
+        with torch.serialization.safe_globals(_ALLOWED):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
@@ -246,7 +273,7 @@ def _read(path):
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; give the path of a checkpoint") from error
     except Exception as error:  # torch.load raises a dozen types on truncated, foreign and hostile files
-        raise InputError(f"{path}: cannot be read, it is truncated, foreign or unsafe; expected {_LAYERS}") from error
+        raise InputError(f"{path}: cannot be read, it is truncated, foreign or unsafe; expected {expected}") from error
 
 
 def _describe(contents):

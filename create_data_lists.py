@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils import InputError, create_data_lists, label_map, make_label_map, run_command
+from utils import InputError, create_data_lists, label_map, make_label_map, read_json, run_command
 
 SAMPLE_LABELS = ("disc", "rectangle", "triangle", "star", "ring")
 SAMPLE_SIZES = ((320, 240), (240, 320), (300, 300), (400, 300))  # of images, pixels
@@ -63,12 +63,16 @@ def print_summary(lists, label_map):
 def make_sample(output_folder, n_train=240, n_test=60, seed=0):
     """Write a synthetic data set in VOC's layout, coloured shapes on textures, and its lists.
 
-    :param output_folder: gets VOC2007 and the lists
+    :param output_folder: gets VOCsample and the lists
     :param n_train, n_test: numbers of images
     :param seed: images and annotations are a function of it
     :return: what `create_data_lists` returns
     """
-    root = os.path.join(output_folder, "VOC2007")
+    own = make_label_map(SAMPLE_LABELS)
+    label_file = os.path.join(output_folder, "label_map.json")
+    if os.path.exists(label_file) and read_json(label_file) != own:
+        raise InputError(f"{label_file}: the folder holds the lists of other data; give another for the sample")
+    root = os.path.join(output_folder, "VOCsample")
     for folder in ("JPEGImages", "Annotations", os.path.join("ImageSets", "Main")):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
     numbers = range(n_train + n_test)
@@ -79,9 +83,7 @@ def make_sample(output_folder, n_train=240, n_test=60, seed=0):
     for split, part in (("trainval", numbers[:n_train]), ("test", numbers[n_train:])):
         with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), "w", encoding="utf-8") as file:
             file.writelines(f"{number:06}\n" for number in part)
-    return create_data_lists(
-        [(root, "trainval")], [(root, "test")], output_folder, make_label_map(SAMPLE_LABELS)
-    )  # fmt: skip
+    return create_data_lists([(root, "trainval")], [(root, "test")], output_folder, own)
 
 
 def draw_sample(name, rng):

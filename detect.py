@@ -9,10 +9,21 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont
 
 from checkpoints import load_model
-from utils import InputError, atomic_writer, label_color_map, read_image, run_command, transform, upright_rgb
+from utils import (
+    InputError,
+    atomic_writer,
+    check_target,
+    label_color_map,
+    read_image,
+    run_command,
+    transform,
+    upright_rgb,
+)
+
+OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 
 
 def parse_arguments(arguments=None):
@@ -32,8 +43,11 @@ def parse_arguments(arguments=None):
     if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
         raise InputError("--min-score and --max-overlap must lie in 0 ... 1 and --top-k be 1 or more")
     settings.output = settings.output or "{}_detected{}".format(*os.path.splitext(settings.image))
-    if os.path.splitext(settings.output)[1].lower() not in Image.registered_extensions():
-        raise InputError(f"{settings.output}: of no known picture format; let its name end in .jpg or .png")
+    if os.path.splitext(settings.output)[1].lower() not in OUTPUT_FORMATS:
+        raise InputError(f"{settings.output}: give an --output that ends in {', '.join(OUTPUT_FORMATS)}")
+    if os.path.realpath(settings.output) == os.path.realpath(settings.image):
+        raise InputError(f"{settings.output}: is the picture itself; give another --output")
+    check_target(settings.output)
     return settings
 
 
@@ -50,9 +64,9 @@ def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=
     :raises InputError: for a class that the model does not know
     """
     names = {index: name for name, index in model.label_map.items()}
-    unknown = [name for name in suppress or () if name not in model.label_map]
+    unknown = [name for name in suppress or () if model.label_map.get(name, 0) == 0]
     if unknown:
-        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(model.label_map)}")
+        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(list(names.values())[1:])}")
     upright = upright_rgb(original_image)
     nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
     image = transform(upright, *nothing, split="TEST")[0].to(model.priors_cxcy.device)
@@ -75,7 +89,12 @@ def annotate(original_image, objects, colors):
     width, height = picture.size
     draw = ImageDraw.Draw(picture)
     line = max(2, round(min(width, height) / 200))
-    font = ImageFont.load_default(size=max(10, round(min(width, height) / 28)))  # comes with Pillow
+    texts = [f"{name} {score:.2f}" for name, score, _ in objects]
+    size = max(10, round(min(width, height) / 28))
+    font = ImageFont.load_default(size)  # comes with Pillow
+    while size > 6 and any(font.getlength(text) + 2 * line > width for text in texts):
+        size -= 1
+        font = ImageFont.load_default(size)
     inks = {name: "black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white" for name, color in colors.items()}
     for name, _, (x_min, y_min, x_max, y_max) in reversed(objects):
         # An edge of the label's ink makes the box show on any background, its own colour too.
@@ -83,9 +102,8 @@ def annotate(original_image, objects, colors):
         draw.rectangle([x_min - 1, y_min - 1, x_max + 1, y_max + 1], outline=inks[name], width=line + 2)
         draw.rectangle([x_min, y_min, x_max, y_max], outline=colors[name], width=line)
     label_height = sum(font.getmetrics()) + line
-    for name, score, (x_min, y_min, _, _) in reversed(objects):
-        # A label stands above its box, or inside where there is no room, and never leaves the picture.
-        text = f"{name} {score:.2f}"
+    for text, (name, _, (x_min, y_min, _, _)) in reversed(list(zip(texts, objects, strict=True))):
+        # A label stands above its box, or inside where there is no room; in the picture, if that can hold it.
         label_width = font.getlength(text) + 2 * line
         x = max(0, min(x_min, width - label_width))
         y = y_min - label_height if y_min >= label_height else min(y_min, height - label_height)
@@ -114,7 +132,7 @@ def main():
     objects = find_objects(image, model, *limits, settings.suppress)
     picture = annotate(image, objects, label_color_map(model.label_map))
     with atomic_writer(settings.output) as file:
-        picture.save(file, Image.registered_extensions()[os.path.splitext(settings.output)[1].lower()])
+        picture.save(file, OUTPUT_FORMATS[os.path.splitext(settings.output)[1].lower()])
     for name, score, box in objects:
         print(f"{name:15} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
     print(f"{len(objects)} objects of score above {settings.min_score}; annotated copy: {settings.output}")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from checkpoints import load_model
 from datasets import PascalVOCDataset, collate_fn
-from utils import InputError, mean_average_precision, precision_recall_curves, run_command, write_json
+from utils import InputError, check_target, mean_average_precision, precision_recall_curves, run_command, write_json
 
 MIN_SCORE = 0.01  # probability; Caffe's confidence_threshold at test time (ssd_pascal.py)
 MAX_OVERLAP = 0.45  # jaccard overlap; Caffe's nms_threshold
@@ -34,6 +34,8 @@ def parse_arguments(arguments=None):
     settings = parser.parse_args(arguments)
     if settings.batch_size < 1 or settings.workers < 0:
         raise InputError("--batch-size must be 1 or more and --workers 0 or more")
+    if settings.results:
+        check_target(settings.results)
     return settings
 
 
@@ -51,7 +53,7 @@ def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, t
     device = model.priors_cxcy.device
     truth, detections, n_images = ([], [], []), ([], [], []), 0
     seconds = {"network": 0.0, "post_processing": 0.0}
-    for images, *objects in tqdm(test_loader, "evaluating", unit="batch"):
+    for images, *objects in tqdm(test_loader, "evaluating", unit="batch", disable=None):
         images = images.to(device)
         started = _now(device)
         predictions = model(images)

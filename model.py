@@ -324,11 +324,11 @@ class MultiBoxLoss(nn.Module):
 
     def forward(self, predicted_locs, predicted_scores, boxes, labels):
         """Return the loss, a scalar; parameters as for `parts`."""
-        confidence_loss, localization_loss = self.parts(predicted_locs, predicted_scores, boxes, labels)
+        confidence_loss, localization_loss, _ = self.parts(predicted_locs, predicted_scores, boxes, labels)
         return confidence_loss + self.alpha * localization_loss
 
     def parts(self, predicted_locs, predicted_scores, boxes, labels):
-        """Return the confidence and the localisation loss, two scalars, both over the batch's number of positives.
+        """Return confidence loss and localisation loss, both over the number of positives, and that number: scalars.
 
         :param predicted_locs: (N, 8732, 4), gcxgcy
         :param predicted_scores: (N, 8732, n_classes), before softmax
@@ -355,7 +355,7 @@ class MultiBoxLoss(nn.Module):
         confidence_loss = (
             torch.where(positive, confidence, 0).sum() + torch.where(hard_negative, hardest_first, 0).sum()
         ) / normalizer
-        return confidence_loss, localization_loss
+        return confidence_loss, localization_loss, normalizer
 
     @torch.no_grad()
     def match(self, boxes, labels):

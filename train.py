@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
 
@@ -18,17 +19,25 @@ import torchvision
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import load_base, load_checkpoint, load_model, make_model, save_checkpoint, save_weights, transfer
+from checkpoints import (
+    load_base,
+    load_checkpoint,
+    load_model,
+    load_optimizer,
+    make_model,
+    save_checkpoint,
+    save_weights,
+    transfer,
+)
 from create_data_lists import make_sample
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
 from model import SSD300, MultiBoxLoss
-from utils import InputError, run_command
+from utils import InputError, check_target, run_command
 
 # What --sample changes. On a CPU just enough to see the loss fall within minutes, on a GPU to detect well.
 SAMPLE = {
     "data_folder": "data/sample",
     "output_folder": "runs/sample",
-    "overwrite": True,
     "no_pretrained": True,
     "batch_size": 4,
     "iterations": 60,
@@ -96,6 +105,8 @@ def parse_settings(arguments=None):
     """Return the settings of a command line; a sample's or a resumed run's come before the defaults."""
     parser = make_parser()
     given = parser.parse_args(arguments)
+    if bool(given.base) + bool(given.init_from) + given.no_pretrained + bool(given.resume) > 1:
+        raise InputError("--base, --init-from, --no-pretrained and --resume exclude each other; give one")
     if given.sample:
         parser.set_defaults(**SAMPLE | (SAMPLE_ON_GPU if torch.cuda.is_available() else {}))
     if given.resume:
@@ -104,8 +115,10 @@ def parse_settings(arguments=None):
 
     if not settings.data_folder:
         raise InputError("no data: give --data-folder, or --sample for a small synthetic set")
-    if bool(settings.base) + bool(settings.init_from) + settings.no_pretrained > 1:
-        raise InputError("--base, --init-from and --no-pretrained exclude each other; give one")
+    if settings.weights_only:
+        check_target(settings.weights_only)
+    if min(settings.decay_at, default=0) < 0 or settings.seed >= 2**63 or settings.momentum >= 1:
+        raise InputError("--decay-at must be 0 or more, --seed below 2**63, --momentum below 1")
     for name, least in (("batch_size", 1), ("iterations", 1), ("checkpoint_every", 1), ("log_every", 1), ("workers", 0),
                         ("validate_every", 0), ("warmup", 0), ("seed", 0), ("lr", 0), ("momentum", 0),
                         ("weight_decay", 0), ("grad_clip", 0)):  # fmt: skip
@@ -136,20 +149,25 @@ def make_optimizer(model, settings):
 
 @torch.inference_mode()
 def validate(loader, model, criterion):
-    """Return the mean loss over a loader's images; the model is in training mode again afterwards."""
+    """Return the loss over all of a loader's images as over one batch; the model trains again afterwards."""
     device = model.priors_cxcy.device
     model.eval()
-    total = torch.zeros((), device=device)
-    for images, boxes, labels, _ in tqdm(loader, "validating", unit="batch", leave=False):
-        total += criterion(*model(images.to(device)), boxes, labels) * len(images)
+    total, positives = torch.zeros(2, device=device)
+    for images, boxes, labels, _ in tqdm(loader, "validating", unit="batch", leave=False, disable=None):
+        confidence, localization, n_positives = criterion.parts(*model(images.to(device)), boxes, labels)
+        total += (confidence + criterion.alpha * localization) * n_positives
+        positives += n_positives
     model.train()
-    return total.item() / len(loader.dataset)
+    return (total / positives).item()
 
 
 def describe_run(settings, model, device):
     """Return the first record of a log: settings, versions, hardware, commit."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = None
     return {
         "event": "start",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -159,7 +177,7 @@ def describe_run(settings, model, device):
             "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
         },
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
     }  # fmt: skip
 
 
@@ -184,14 +202,15 @@ def build(settings, device):
                 f"{settings.data_folder} ({', '.join(dataset.label_map)}); resume on the same data"
             )
         for name in ("batch_size", "seed"):
-            if checkpoint["settings"][name] != getattr(settings, name):
+            if checkpoint["settings"].get(name) != getattr(settings, name):
                 raise InputError(f"{settings.resume}: trained with another --{name.replace('_', '-')}; leave it out")
         start, best_loss = checkpoint["iteration"], checkpoint["best_loss"]
-        if start >= settings.iterations:
+        if start >= settings.iterations and not settings.weights_only:
             raise InputError(f"{settings.resume}: has its {start} iterations; give more with --iterations")
         model = make_model(checkpoint, settings.resume)
     elif settings.init_from:
-        model, shared = transfer(load_model(settings.init_from), dataset.label_map)
+        source = load_model(settings.init_from, label_map=dataset.label_map)
+        model, shared = transfer(source, dataset.label_map)
         fresh = [name for name in dataset.label_map if name not in shared]
         print(f"{settings.init_from}: took all layers and the class filters of {', '.join(shared)}")
         print(f"freshly initialised: the class filters of {', '.join(fresh) or 'none'}")
@@ -203,7 +222,7 @@ def build(settings, device):
     model.to(device).train()
     optimizer = make_optimizer(model, settings)
     if start:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint, settings.resume)
     return dataset, model, MultiBoxLoss(model.priors_cxcy), optimizer, start, best_loss
 
 
@@ -211,7 +230,8 @@ def train(settings):
     """Train from the settings' start to its end; write checkpoints and log into the output folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = {name: os.path.join(settings.output_folder, name) for name in ("checkpoint.pth", "best.pth", "log.jsonl")}
-    if os.path.exists(paths["checkpoint.pth"]) and not (settings.resume or settings.overwrite):
+    taken = os.path.exists(paths["checkpoint.pth"]) and not (settings.resume or settings.overwrite)
+    if taken and not (settings.sample and load_checkpoint(paths["checkpoint.pth"])["settings"].get("sample")):
         raise InputError(
             f"{paths['checkpoint.pth']} is there already: go on from it with --resume {paths['checkpoint.pth']}, "
             "or give another --output-folder, or --overwrite"
@@ -225,8 +245,9 @@ def train(settings):
         test_loader = DataLoader(test_set, batch_size=settings.batch_size, **options)
 
     os.makedirs(settings.output_folder, exist_ok=True)
-    if not settings.resume and os.path.exists(paths["log.jsonl"]):
-        os.remove(paths["log.jsonl"])
+    for name in () if settings.resume else ("log.jsonl", "best.pth"):  # an earlier run's
+        if os.path.exists(paths[name]):
+            os.remove(paths[name])
     run = describe_run(settings, model, device)
     append_record(paths["log.jsonl"], run)
     print(json.dumps(run, indent=2))
@@ -249,6 +270,11 @@ def train(settings):
             record = interval.record(done, rate, batches, dataset, criterion.alpha)
             append_record(paths["log.jsonl"], record)
             show(bar, record)
+        if (validate_now or save_now) and not all(weight.isfinite().all() for weight in model.parameters()):
+            raise InputError(
+                f"iteration {done}: the weights are not finite; the last checkpoint stays; lower --lr, use --warmup "
+                f"or --grad-clip"
+            )
         if validate_now:
             loss = validate(test_loader, model, criterion)
             append_record(paths["log.jsonl"], {"event": "validation", "iteration": done, "loss": loss})
@@ -268,11 +294,11 @@ def train(settings):
 
 
 def train_step(model, criterion, optimizer, images, boxes, labels, rate, grad_clip):
-    """Update the weights once; return confidence and localisation loss, (2,), without waiting for the GPU."""
+    """Update the weights once; return confidence and localisation loss, (2,), left on the device."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
     images = images.to(model.priors_cxcy.device, non_blocking=True)
-    confidence, localization = criterion.parts(*model(images), boxes, labels)
+    confidence, localization, _ = criterion.parts(*model(images), boxes, labels)
     optimizer.zero_grad()
     (confidence + criterion.alpha * localization).backward()
     if grad_clip:
@@ -301,7 +327,7 @@ class Interval:
 
         :raises InputError: naming the iteration and the images of the first loss that is not finite
         """
-        losses = torch.stack(self.losses)
+        losses = torch.stack(self.losses).cpu()  # waits for the GPU, so that the time is that of the work
         elapsed = time.perf_counter() - self.started
         for index in (~losses.isfinite().all(dim=1)).nonzero().flatten()[:1].tolist():
             broken = iteration - len(losses) + index
@@ -336,11 +362,12 @@ def main():
     settings = parse_settings()
     if settings.sample and not os.path.exists(os.path.join(settings.data_folder, "label_map.json")):
         make_sample(settings.data_folder)
+    image = PascalVOCDataset(settings.data_folder, "TEST").images[0]
     checkpoint = train(settings)
     print(f"trained: {checkpoint}; next:")
-    print(f"python eval.py --data-folder {settings.data_folder} --checkpoint {checkpoint}")
-    image = PascalVOCDataset(settings.data_folder, "TEST").images[0]
-    print(f"python detect.py {min(image, os.path.relpath(image), key=len)} --checkpoint {checkpoint}")
+    print(shlex.join(["python", "eval.py", "--data-folder", settings.data_folder, "--checkpoint", checkpoint]))
+    image = min(image, os.path.relpath(image), key=len)
+    print(shlex.join(["python", "detect.py", image, "--checkpoint", checkpoint]))
 
 
 if __name__ == "__main__":

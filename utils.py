@@ -8,8 +8,9 @@ import json
 import math
 import os
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ def _complain(message, status):
 @contextmanager
 def atomic_writer(path):
     """Open a temporary file beside `path` for writing bytes; it takes that name only when all went well."""
+    path = os.path.realpath(path)  # a link stays one
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -50,6 +52,13 @@ def atomic_writer(path):
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def check_target(path):
+    """Raise InputError unless the folder of a file to be written is there: before the work, not after it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder) or os.path.isdir(path):
+        raise InputError(f"{path}: cannot be written, {folder} is no folder or this is one; give another path")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -76,7 +85,7 @@ def check_label_map(label_map, source):
     if (
         not isinstance(label_map, dict)
         or label_map.get("background") != 0
-        or not all(type(index) is int for index in label_map.values())
+        or not all(type(name) is str and type(index) is int for name, index in label_map.items())
         or sorted(label_map.values()) != list(range(len(label_map)))
         or len(label_map) < 2
     ):
@@ -101,7 +110,7 @@ def label_color_map(label_map):
 # Pascal VOC lists
 # ---------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG", ".BMP", ".WEBP")
 
 
 def parse_annotation(annotation_path, label_map=label_map):
@@ -115,13 +124,15 @@ def parse_annotation(annotation_path, label_map=label_map):
     """
     try:
         root = ElementTree.parse(annotation_path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
         raise InputError(f"{annotation_path}: cannot read this annotation ({error}); correct or remove it") from error
 
+    if root.tag != "annotation":
+        raise InputError(f"{annotation_path}: its root is <{root.tag}>, not VOC's <annotation>; correct or remove it")
     objects = {"boxes": [], "labels": [], "difficulties": []}
     # Only direct children count: VOC's <part> elements have names and boxes of their own.
     for number, element in enumerate(root.findall("object"), start=1):
-        name = (element.findtext("name") or "").strip()
+        name = " ".join((element.findtext("name") or "").split())
         where = f"{annotation_path}: object {number} ({name or 'no name'})"
         if name not in label_map or name == "background":
             known = ", ".join(other for other in label_map if other != "background")
@@ -200,11 +211,15 @@ def create_data_lists(train, test, output_folder, label_map=label_map):
         objects = [parse_annotation(annotation, label_map) for _, annotation in progress]
         lists[split] = ([image for image, _ in pairs], objects)
 
-    os.makedirs(output_folder, exist_ok=True)
+    files = {}
     for split, (images, objects) in lists.items():
-        write_json(os.path.join(output_folder, f"{split}_images.json"), images)
-        write_json(os.path.join(output_folder, f"{split}_objects.json"), objects)
-    write_json(os.path.join(output_folder, "label_map.json"), label_map)
+        files |= {f"{split}_images": images, f"{split}_objects": objects}
+    files["label_map"] = label_map
+    os.makedirs(output_folder, exist_ok=True)
+    with ExitStack() as all_or_none:  # the files take their names when all are written
+        for name, value in files.items():
+            file = all_or_none.enter_context(atomic_writer(os.path.join(output_folder, f"{name}.json")))
+            file.write(json.dumps(value, ensure_ascii=False).encode())
     return lists
 
 
@@ -231,13 +246,14 @@ def read_data_lists(data_folder, split):
 
 
 def _is_valid_entry(entry, n_classes):
-    """Tell whether `entry` has finite boxes with area, labels in 1 ... n_classes - 1, and flags, all aligned."""
+    """Tell whether `entry` has boxes with area, labels in 1 ... n_classes - 1, and flags, in lists all aligned."""
     try:
-        boxes, labels, difficulties = entry["boxes"], entry["labels"], entry["difficulties"]
-        return len(boxes) == len(labels) == len(difficulties) and all(
-            0 <= x_min < x_max < math.inf and 0 <= y_min < y_max < math.inf and 0 < label < n_classes and flag in (0, 1)
+        boxes, labels, difficulties = parts = [entry[key] for key in ("boxes", "labels", "difficulties")]
+        return all(type(part) is list for part in parts) and all(
+            0 <= x_min < x_max < 1e9 and 0 <= y_min < y_max < 1e9
+            and type(label) is int and 0 < label < n_classes and flag in (0, 1)
             for (x_min, y_min, x_max, y_max), label, flag in zip(boxes, labels, difficulties, strict=True)
-        )
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError):
         return False
 
@@ -247,7 +263,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: cannot read this JSON file ({error}); run create_data_lists.py to make it"
         ) from error
@@ -340,9 +356,11 @@ CROP_TRIALS = 50
 def read_image(path):
     """Return the picture at `path` as upright RGB; InputError that names it where it cannot be read."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return upright_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are welcome
+            with Image.open(path) as image:
+                image.load()
+                return upright_rgb(image)
     except Exception as error:  # decoders raise whatever they like on a broken file
         raise InputError(f"{path}: cannot read this image ({error}); replace it or take it out of the data") from error
 
@@ -350,8 +368,9 @@ def read_image(path):
 def upright_rgb(image):
     """Return a PIL image of any mode as RGB, turned as its EXIF orientation says; the input stays as it is."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16-bit grayscale, which PIL would clip rather than scale
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # grayscale of more than 8 bits, which PIL would clip rather than scale
+        levels = np.asarray(image)
+        image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

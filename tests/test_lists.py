@@ -68,6 +68,9 @@ def test_an_annotation_without_objects_is_empty(tmp_path):
     ("text", "message"),
     [
         ("<annotation>", "cannot read this annotation"),
+        ('<?xml version="1.0" encoding="utf-99"?><annotation/>', "cannot read this annotation"),
+        ("<html><body/></html>", "its root is <html>"),
+        (annotation(OBJECT.format("uni\ncorn", "", 1, 1, 9, 9, "")), r"object 1 \(uni corn\) is of no known class"),
         (annotation(OBJECT.format("unicorn", "", 1, 1, 9, 9, "")), r"object 1 \(unicorn\) is of no known class"),
         (annotation(OBJECT.format("background", "", 1, 1, 9, 9, "")), "no known class"),
         (annotation("<object><bndbox/></object>"), r"object 1 \(no name\)"),
@@ -160,6 +163,14 @@ def test_the_data_set_gives_tensors_and_drops_difficult_objects_unless_told(list
         ("TEST_objects.json", [{"boxes": [[5, 5, 5, 9]], "labels": [1], "difficulties": [0]}] * 2, "are not valid"),
         ("TEST_objects.json", [{"boxes": [[1, 1, 5]], "labels": [1], "difficulties": [0]}] * 2, "are not valid"),
         ("TEST_objects.json", [{"boxes": [[1, 1, 5, 5]], "labels": [21], "difficulties": [0]}] * 2, "are not valid"),
+        ("TEST_objects.json", [{"boxes": [[1, 1, 5, 5]], "labels": [1.5], "difficulties": [0]}] * 2, "are not valid"),
+        (
+            "TEST_objects.json",
+            [{"boxes": [[1, 1, 10**99, 5]], "labels": [1], "difficulties": [0]}] * 2,
+            "are not valid",
+        ),
+        ("TEST_objects.json", [{"boxes": "", "labels": "", "difficulties": ""}] * 2, "are not valid"),
+        ("TEST_objects.json", [{"boxes": {}, "labels": [], "difficulties": []}] * 2, "are not valid"),
         ("TEST_objects.json", ["cat", "dog"], "are not valid"),
     ],
 )
@@ -224,11 +235,25 @@ def test_batches_are_the_same_with_and_without_workers(sample):
         assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
 
 
+def test_lists_are_replaced_all_together_or_not_at_all(lists, voc):
+    before = {path.name: path.read_bytes() for path in lists.iterdir()}
+    folder = voc({"z": annotation(extra=SIZE)}, "other")
+    with pytest.raises(TypeError):  # the last file cannot be written
+        create_data_lists([(folder, "trainval")], [(folder, "test")], lists, {"background": 0, "cat": {1}})
+    assert {path.name: path.read_bytes() for path in lists.iterdir()} == before
+
+
+def test_a_sample_set_never_replaces_other_lists(lists):
+    with pytest.raises(InputError, match="holds the lists of other data"):
+        make_sample(lists)
+    assert not (lists / "VOCsample").exists()
+
+
 def test_the_sample_set_is_a_function_of_its_seed_and_varied(tmp_path):
     lists = make_sample(tmp_path / "a", n_train=60, n_test=10, seed=2)
     make_sample(tmp_path / "b", n_train=60, n_test=10, seed=2)
     make_sample(tmp_path / "c", n_train=60, n_test=10, seed=3)
-    files = [sorted((tmp_path / name / "VOC2007").rglob("*.*")) for name in "abc"]
+    files = [sorted((tmp_path / name / "VOCsample").rglob("*.*")) for name in "abc"]
     assert len(files[0]) == 142
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
     assert [file.read_bytes() for file in files[0]] != [file.read_bytes() for file in files[2]]

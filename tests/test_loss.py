@@ -61,8 +61,9 @@ def test_mining_takes_three_negatives_for_each_positive_of_the_same_image_and_th
     torch.manual_seed(0)
     scores = torch.randn(3, 12, 3, requires_grad=True)
     criterion = MultiBoxLoss(PRIORS, threshold=0.99)
-    confidence, _ = criterion.parts(torch.zeros(3, 12, 4), scores, boxes, labels)
+    confidence, _, n_positives = criterion.parts(torch.zeros(3, 12, 4), scores, boxes, labels)
     confidence.backward()
+    assert n_positives == 3
     used = scores.grad.abs().sum(2) > 0
     assert used.sum(1).tolist() == [4, 8, 0]  # none in the image without objects
     losses = -scores.detach().log_softmax(2)[..., 0]
@@ -77,7 +78,7 @@ def test_the_loss_of_one_object_is_as_by_hand():
     locs[0, 4, 0] = 3.0  # true offset 0: smooth L1 2.5
     locs[0, 4, 1] = 0.5  # 0.125
     scores[0, 4, 1] = 1.0
-    confidence, localization = MultiBoxLoss(PRIORS, threshold=0.99).parts(
+    confidence, localization, _ = MultiBoxLoss(PRIORS, threshold=0.99).parts(
         locs, scores, [of_prior(4)[None]], [torch.tensor([1])]
     )
     positive = -F.log_softmax(torch.tensor([0.0, 1.0]), 0)[1]
@@ -121,7 +122,7 @@ def test_random_batches_equal_the_loop(random_objects_seed):
         labels.append(torch.tensor(rng.randint(1, 4, n), dtype=torch.long))
     locs = torch.tensor(rng.standard_normal((len(boxes), 12, 4)), dtype=torch.float32)
     scores = torch.tensor(2 * rng.standard_normal((len(boxes), 12, 4)), dtype=torch.float32)
-    confidence, localization = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
+    confidence, localization, _ = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
     expected = reference.multibox_loss(PRIORS, locs, scores, boxes, labels)
     assert confidence.item() == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert localization.item() == pytest.approx(expected[1], rel=1e-4, abs=1e-6)

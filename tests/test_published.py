@@ -42,7 +42,7 @@ def test_the_forward_pass_gives_the_tutorials_outputs(seeded_model):
 @pytest.mark.parametrize("scenario", range(4))
 def test_losses_and_gradients_are_the_recorded_ones(seeded_model, scenario):
     locs, scores, boxes, labels = published.loss_inputs(*TUTORIAL["loss_scenarios"][scenario].tolist())
-    confidence, localization = MultiBoxLoss(seeded_model.priors_cxcy).parts(locs, scores, boxes, labels)
+    confidence, localization, _ = MultiBoxLoss(seeded_model.priors_cxcy).parts(locs, scores, boxes, labels)
     (confidence + localization).backward()
     found = [confidence.item(), localization.item(), locs.grad.norm().item(), scores.grad.norm().item()]
     expected = [*TUTORIAL["loss_conf_loc_l1"][scenario, :2], *TUTORIAL["loss_gradnorm_loc_scores"][scenario]]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as eval_script
 import train
-from checkpoints import load_checkpoint, load_model
+from checkpoints import load_checkpoint
 from create_data_lists import SAMPLE_LABELS
+from datasets import PascalVOCDataset
 from detect import annotate, detect, find_objects
-from eval import evaluate
 from utils import InputError, label_color_map, make_label_map, transform
 
 MODULES = ("model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists")
@@ -35,7 +36,7 @@ def records(folder):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_importing_a_module_does_nothing(module, tmp_path, run):
+def test_importing_a_module_does_nothing(module, tmp_path):
     code = (
         "import sys, os, torch, importlib;"
         f"importlib.import_module({module!r});"
@@ -86,6 +87,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, sample,
     assert losses[0] == losses[1]
     message = run("train.py", "--resume", tmp_path / "checkpoint.pth", "--iterations", 3, status=2)
     assert "has its 3 iterations" in message
+    run("train.py", "--resume", tmp_path / "checkpoint.pth", "--weights-only", tmp_path / "small.pth")
+    assert torch.equal(
+        torch.load(tmp_path / "small.pth")["model"]["rescale_factors"], whole["model"]["rescale_factors"]
+    )
 
 
 def test_evaluation_prints_a_table_and_writes_it(trained, sample, tmp_path, run):
@@ -102,7 +107,7 @@ def test_evaluation_prints_a_table_and_writes_it(trained, sample, tmp_path, run)
 
 
 def test_detection_prints_objects_and_writes_an_annotated_copy(trained, sample, tmp_path, run):
-    source = next((sample / "VOC2007" / "JPEGImages").glob("*.jpg"))
+    source = next((sample / "VOCsample" / "JPEGImages").glob("*.jpg"))
     before = source.read_bytes()
     arguments = (source, "--checkpoint", trained[0] / "checkpoint.pth", "--output", tmp_path / "found.png")
     printed = run("detect.py", *arguments, "--min-score", 0.05, "--top-k", 5)
@@ -118,16 +123,22 @@ def test_detection_prints_objects_and_writes_an_annotated_copy(trained, sample, 
     assert "unicorn" in run("detect.py", *arguments, "--suppress", "unicorn", status=2)
 
 
-def test_a_sample_run_makes_its_data_and_says_how_to_go_on(tmp_path, run):
+def test_a_sample_run_makes_its_data_and_says_how_to_go_on(trained, tmp_path, run):
     printed = run("train.py", "--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0, cwd=tmp_path)
     assert (tmp_path / "data" / "sample" / "label_map.json").is_file()
     assert load_checkpoint(tmp_path / "runs" / "sample" / "checkpoint.pth")["iteration"] == 1
     assert "python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth" in printed
-    assert "python detect.py data/sample/VOC2007/JPEGImages/000240.jpg" in printed
+    again = ("--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0)
+    run("train.py", *again, cwd=tmp_path)  # a sample run replaces a sample run, and no other
+    folder = trained[0]
+    assert "is there already" in run("train.py", *again, "--output-folder", folder, cwd=tmp_path, status=2)
+    assert "python detect.py data/sample/VOCsample/JPEGImages/000240.jpg" in printed
 
 
 def test_lists_are_made_from_the_command_line(sample, tmp_path, run):
-    message = run("create_data_lists.py", "--voc07", sample / "VOC2007", "--output-folder", tmp_path / "voc", status=2)
+    message = run(
+        "create_data_lists.py", "--voc07", sample / "VOCsample", "--output-folder", tmp_path / "voc", status=2
+    )
     assert "000000.xml" in message
     assert "no known class" in message
     assert not (tmp_path / "voc").exists()
@@ -138,7 +149,7 @@ def test_lists_are_made_from_the_command_line(sample, tmp_path, run):
 
 
 def test_an_unreadable_image_ends_training_with_its_name(sample, tmp_path, run):
-    for name in ("label_map.json", "TRAIN_images.json", "TRAIN_objects.json"):
+    for name in ("label_map.json", "TRAIN_images.json", "TRAIN_objects.json", "TEST_images.json", "TEST_objects.json"):
         (tmp_path / name).write_bytes((sample / name).read_bytes())
     images = json.loads((tmp_path / "TRAIN_images.json").read_text())
     broken = tmp_path / "broken.jpg"
@@ -174,33 +185,22 @@ def test_a_loss_that_is_not_finite_names_the_iteration_and_the_images(sample, tm
     assert "the loss is not finite" in message
     assert "JPEGImages" in message
     iteration = int(message.split("iteration ")[1].split(":")[0])
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["iteration"] == iteration - 1
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert checkpoint["iteration"] == iteration - 1
+    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
 
 
-@pytest.mark.parametrize("kind", ["empty", "truncated", "text", "foreign", "hostile"])
-def test_checkpoints_that_are_none_are_refused_by_name_and_never_run(kind, trained, sample, tmp_path, run):
-    path, whole = tmp_path / "bad.pth", (trained[0] / "checkpoint.pth").read_bytes()
-    if kind == "foreign":
-        torch.save({"weights": torch.zeros(3)}, path)
-    elif kind == "hostile":
-        torch.save({"format": "ssd300-1", "model": Hostile(tmp_path / "harm")}, path)
-    else:
-        path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"weights"}[kind])
-    with pytest.raises(InputError, match=r"bad\.pth"):
-        load_model(path)
-    assert not (tmp_path / "harm").exists()
-
-
-class Hostile:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        import os
-
-        return os.system, (f"touch {self.path}",)
+@pytest.mark.parametrize(
+    "damage",
+    [{"optimizer": {}}, {"settings": [1]}, {"settings": {}}, {"iteration": "x"}, {"label_map": {1: 0, "a": 1}}],
+)
+def test_a_damaged_checkpoint_is_not_resumed(damage, trained, tmp_path, sample, run):
+    checkpoint = torch.load(trained[0] / "checkpoint.pth", weights_only=True) | damage
+    torch.save(checkpoint, tmp_path / "bad.pth")
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *QUICK, "--iterations", 9)
+    arguments = [argument for argument in arguments if argument != "--no-pretrained"]
+    assert "bad.pth: " in run("train.py", "--resume", tmp_path / "bad.pth", *arguments, status=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_refuses_a_checkpoint_of_other_classes(trained, sample, tmp_path, run):
@@ -248,7 +248,99 @@ class Oracle(torch.nn.Module):
         return images, images
 
     def detect_objects(self, locs, scores, min_score, max_overlap, top_k):
+        self.limits = min_score, max_overlap, top_k
         return [[part] for part in self.found]
+
+
+class Constant(torch.nn.Module):
+    """Stands for a network: predicts its parameters for every image."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.locs, self.bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((12, 4), (12, 3)))
+        self.register_buffer("priors_cxcy", torch.rand(12, 4) / 2 + 0.2)
+
+    def forward(self, images):
+        """Return locs and scores; the latter differ in training mode."""
+        scores = self.bias + (1.0 if self.training else 0.0) * torch.arange(3)
+        return self.locs.expand(len(images), -1, -1), scores.expand(len(images), -1, -1)
+
+
+BATCH = (
+    torch.zeros(2, 3, 8, 8),
+    [torch.tensor([[0.1, 0.1, 0.6, 0.6], [0.3, 0.4, 0.9, 0.8]]), torch.zeros(0, 4)],
+    [torch.tensor([1, 2]), torch.zeros(0, dtype=torch.long)],
+)
+
+
+@pytest.mark.parametrize("grad_clip", [0, 0.5])
+def test_a_step_updates_weights_and_biases_as_by_hand(grad_clip):
+    network, copy = Constant(), Constant()
+    criterion = train.MultiBoxLoss(network.priors_cxcy)
+    optimizer = torch.optim.SGD(
+        [{"params": [network.locs], "lr_factor": 1.0, "weight_decay": 0.1},
+         {"params": [network.bias], "lr_factor": 2.0, "weight_decay": 0.0}], lr=9, momentum=0.9,
+    )  # fmt: skip
+    losses = train.train_step(network, criterion, optimizer, *BATCH, 0.01, grad_clip)
+    confidence, localization, _ = criterion.parts(*copy(BATCH[0]), *BATCH[1:])
+    (confidence + localization).backward()
+    norm = (copy.locs.grad.square().sum() + copy.bias.grad.square().sum()).sqrt()
+    assert norm > 0.5
+    scale = 0.5 / norm if grad_clip else 1.0
+    with torch.no_grad():
+        expected_locs = copy.locs - 0.01 * (scale * copy.locs.grad + 0.1 * copy.locs)
+        expected_bias = copy.bias - 0.02 * scale * copy.bias.grad
+    assert torch.allclose(losses, torch.stack([confidence, localization]).detach())
+    assert torch.allclose(network.locs, expected_locs, atol=1e-6)
+    assert torch.allclose(network.bias, expected_bias, atol=1e-6)
+
+
+def test_the_validation_loss_is_that_of_one_batch_whatever_the_batches():
+    network = Constant()
+    criterion = train.MultiBoxLoss(network.priors_cxcy)
+    rng = torch.Generator().manual_seed(1)
+    corners = torch.rand(5, 2, generator=rng) / 2
+    boxes = torch.cat([corners, corners + 0.1 + torch.rand(5, 2, generator=rng) / 3], dim=1)
+    boxes, labels = list(boxes.split([1, 3, 0, 1])), list(torch.tensor([1, 2, 1, 1, 2]).split([1, 3, 0, 1]))
+    whole = (torch.zeros(4, 3, 8, 8), boxes, labels, None)
+    parts = [(torch.zeros(n, 3, 8, 8), boxes[i : i + n], labels[i : i + n], None) for i, n in ((0, 1), (1, 2), (3, 1))]
+    network.train()
+    losses = [train.validate(loader, network, criterion) for loader in ([whole], parts)]
+    assert network.training
+    network.eval()
+    assert losses == pytest.approx([criterion(*network(whole[0]), boxes, labels).item()] * 2, rel=1e-5)
+
+
+def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sample, tmp_path, monkeypatch):
+    for name in ("label_map.json", "TRAIN_images.json", "TEST_images.json"):
+        (tmp_path / name).write_bytes((sample / name).read_bytes())
+    entry = {"boxes": [[1, 1, 99, 99], [50, 60, 90, 120]], "labels": [1, 2], "difficulties": [0, 1]}
+    for split in ("TRAIN", "TEST"):
+        n_images = len(json.loads((tmp_path / f"{split}_images.json").read_text()))
+        (tmp_path / f"{split}_objects.json").write_text(json.dumps([entry] * n_images))
+    settings = train.parse_settings(
+        ["--data-folder", str(tmp_path), "--no-pretrained", "--no-augmentation", "--seed", "4"]
+    )
+    dataset = train.build(settings, torch.device("cpu"))[0]
+    assert dataset[0, 0][3].tolist() == [0, 1]
+    assert torch.equal(dataset[0, 0][0], dataset[1, 0][0])
+    settings = train.parse_settings(["--data-folder", str(tmp_path), "--no-pretrained", "--seed", "4"])
+    dataset = train.build(settings, torch.device("cpu"))[0]
+    assert not torch.equal(dataset[0, 0][0], dataset[1, 0][0])
+    assert dataset.seed == 4
+
+    seen = {}
+    model = Oracle(dataset.label_map, (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
+    monkeypatch.setattr(eval_script, "load_model", lambda *arguments: model)
+    monkeypatch.setattr(eval_script, "evaluate", lambda loader, model: seen.update(data=loader.dataset) or {
+        "images": 1, "network_seconds": 0, "post_processing_seconds": 0, "AP_11_point": {"a": 1}, "AP_area": {"a": 1},
+        "mAP_11_point": 1, "mAP_area": 1,
+    })  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--data-folder", str(tmp_path), "--workers", "0"])
+    eval_script.main()
+    assert seen["data"][0][3].tolist() == [0, 1]
+    assert isinstance(seen["data"], PascalVOCDataset)
 
 
 def test_detect_maps_boxes_to_pixels_and_suppresses_classes():
@@ -278,6 +370,10 @@ def test_annotations_show_on_any_picture(size, level):
     changed = (np.asarray(picture) != level).any(axis=2)
     assert changed[:, -1].mean() > 0.9  # the box
     assert changed[: max(8, size[1] // 40), : size[0] // 20 + 1].mean() > 0.9  # the label's ground
+    blank = annotate(Image.new("RGB", size, (level,) * 3), [(" ", 0.5, [0, 0, *size])], {" ": colors["dog"]})
+    ground = np.asarray(picture)[: max(8, size[1] // 40)]
+    assert (ground == colors["dog"]).all(axis=2).any()
+    assert (np.asarray(picture) != np.asarray(blank)).any()  # the text
     nothing = annotate(Image.new("RGB", size), [], colors)
     assert nothing.size == size
 
@@ -286,6 +382,7 @@ def test_evaluation_of_perfect_detections_is_one_with_difficult_objects_left_out
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]])
     oracle = Oracle(make_label_map(["cat", "dog", "cow"]), (boxes, torch.tensor([1, 2]), torch.tensor([0.9, 0.8])))
     batch = torch.zeros(1, 3, 300, 300), [boxes], [torch.tensor([1, 2])], [torch.tensor([0, 1], dtype=torch.uint8)]
-    results = evaluate([batch], oracle)
+    results = eval_script.evaluate([batch], oracle)
+    assert oracle.limits == (0.01, 0.45, 200)
     assert results["mAP_11_point"] == results["mAP_area"] == pytest.approx(1)
     assert results["AP_area"] == {"cat": pytest.approx(1), "dog": None, "cow": None}
