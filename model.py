@@ -339,7 +339,8 @@ class MultiBoxLoss(nn.Module):
         true_locs, true_labels = self.match(boxes, labels)
         positive = true_labels > 0  # (N, 8732)
         n_positives = positive.sum(dim=1)
-        normalizer = n_positives.sum().clamp(min=1)
+        n_positives_of_all = n_positives.sum()
+        normalizer = n_positives_of_all.clamp(min=1)
 
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
         localization = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction="none").sum(dim=2)
@@ -355,7 +356,7 @@ class MultiBoxLoss(nn.Module):
         confidence_loss = (
             torch.where(positive, confidence, 0).sum() + torch.where(hard_negative, hardest_first, 0).sum()
         ) / normalizer
-        return confidence_loss, localization_loss, normalizer
+        return confidence_loss, localization_loss, n_positives_of_all
 
     @torch.no_grad()
     def match(self, boxes, labels):

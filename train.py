@@ -158,7 +158,7 @@ def validate(loader, model, criterion):
         total += (confidence + criterion.alpha * localization) * n_positives
         positives += n_positives
     model.train()
-    return (total / positives).item()
+    return (total / positives.clamp(min=1)).item()
 
 
 def describe_run(settings, model, device):
