@@ -364,6 +364,11 @@ def main():
         make_sample(settings.data_folder)
     image = PascalVOCDataset(settings.data_folder, "TEST").images[0]
     checkpoint = train(settings)
+    if settings.sample and not torch.cuda.is_available():
+        n = SAMPLE_ON_GPU["iterations"]
+        print(
+            f"these {settings.iterations} iterations show that the loss falls; to detect takes thousands ({n} on a GPU)"
+        )
     print(f"trained: {checkpoint}; next:")
     print(shlex.join(["python", "eval.py", "--data-folder", settings.data_folder, "--checkpoint", checkpoint]))
     image = min(image, os.path.relpath(image), key=len)
