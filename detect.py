@@ -66,7 +66,8 @@ def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=
     names = {index: name for name, index in model.label_map.items()}
     unknown = [name for name in suppress or () if model.label_map.get(name, 0) == 0]
     if unknown:
-        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(list(names.values())[1:])}")
+        known = ", ".join(name for name, index in model.label_map.items() if index != 0)
+        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {known}")
     upright = upright_rgb(original_image)
     nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
     image = transform(upright, *nothing, split="TEST")[0].to(model.priors_cxcy.device)

@@ -121,9 +121,8 @@ def main():
     results = evaluate(loader, model)
     print_results(results)
     if settings.results:
-        write_json(
-            settings.results, {"checkpoint": settings.checkpoint, "data_folder": settings.data_folder, **results}
-        )
+        source = {"checkpoint": settings.checkpoint, "data_folder": settings.data_folder}
+        write_json({settings.results: {**source, **results}})
 
 
 if __name__ == "__main__":

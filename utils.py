@@ -216,10 +216,7 @@ def create_data_lists(train, test, output_folder, label_map=label_map):
         files |= {f"{split}_images": images, f"{split}_objects": objects}
     files["label_map"] = label_map
     os.makedirs(output_folder, exist_ok=True)
-    with ExitStack() as all_or_none:  # the files take their names when all are written
-        for name, value in files.items():
-            file = all_or_none.enter_context(atomic_writer(os.path.join(output_folder, f"{name}.json")))
-            file.write(json.dumps(value, ensure_ascii=False).encode())
+    write_json({os.path.join(output_folder, f"{name}.json"): value for name, value in files.items()})
     return lists
 
 
@@ -269,10 +266,11 @@ def read_json(path):
         ) from error
 
 
-def write_json(path, value):
-    """Write `value` to `path` as JSON, whole or not at all."""
-    with atomic_writer(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False).encode())
+def write_json(files):
+    """Write {path: value} as JSON files; they take their names when all are written whole, else none does."""
+    with ExitStack() as all_or_none:
+        for path, value in files.items():
+            all_or_none.enter_context(atomic_writer(path)).write(json.dumps(value, ensure_ascii=False).encode())
 
 
 # ---------------------------------------------------------------------------------------------------------
