@@ -7,9 +7,9 @@ loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
-from utils import InputError, read_data_lists, read_image, transform
+from utils import open_image, read_data_lists, transform
 
 
 class PascalVOCDataset(Dataset):
@@ -39,7 +39,7 @@ class PascalVOCDataset(Dataset):
     def __getitem__(self, key):
         """Return image (3, 300, 300), boxes (n, 4), fractional xy, labels (n,), difficulties (n,); n may be 0."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        rng = None if epoch is None else np.random.default_rng((self.seed, epoch, index))
+        rng = None if epoch is None or self.mode == "TEST" else np.random.default_rng((self.seed, epoch, index))
         objects = self.objects[index]
         boxes = torch.tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
         labels = torch.tensor(objects["labels"], dtype=torch.long)
@@ -47,17 +47,17 @@ class PascalVOCDataset(Dataset):
         if not self.keep_difficult:
             kept = difficulties == 0
             boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
-        image = read_image(self.images[index])
-        try:
+        with open_image(self.images[index]) as image:
             return transform(image, boxes, labels, difficulties, self.mode, rng)
-        except InputError as error:
-            raise InputError(f"{self.images[index]}: {error}") from error
 
 
 def collate_fn(batch):
     """Join samples: images (N, 3, 300, 300) and three lists of N tensors, for images hold different objects."""
-    images, boxes, labels, difficulties = zip(*batch, strict=True)
-    return torch.stack(images), list(boxes), list(labels), list(difficulties)
+    images, *objects = zip(*batch, strict=True)
+    counts = [len(boxes) for boxes in objects[0]]
+    # Each list holds views of one tensor: for a worker every tensor to be passed on costs, whatever its size.
+    boxes, labels, difficulties = (list(torch.cat(values).split(counts)) for values in objects)
+    return default_collate(list(images)), boxes, labels, difficulties
 
 
 class TrainingSampler(Sampler):

@@ -86,7 +86,7 @@ def annotate(original_image, objects, colors):
     :param objects: (class name, score, pixel xy box) per object, best first
     :param colors: class name -> (red, green, blue)
     """
-    picture = upright_rgb(original_image)
+    picture = upright_rgb(original_image).copy()
     width, height = picture.size
     draw = ImageDraw.Draw(picture)
     line = max(2, round(min(width, height) / 200))

@@ -7,8 +7,8 @@ boxes, labels, scores = model.detect_objects(
 )
 """
 
+import math
 import os
-from math import sqrt
 
 import torch
 import torchvision
@@ -116,11 +116,11 @@ class VGGBase(nn.Module):
         x = images
         for block, widths in enumerate(VGG_BLOCKS, start=1):
             for layer in range(1, len(widths) + 1):
-                x = F.relu(self.get_submodule(f"conv{block}_{layer}")(x))
+                x = F.relu(self.get_submodule(f"conv{block}_{layer}")(x), inplace=True)
             if block == 4:
                 conv4_3 = x
             x = self.get_submodule(f"pool{block}")(x)
-        return conv4_3, F.relu(self.conv7(F.relu(self.conv6(x))))
+        return conv4_3, F.relu(self.conv7(F.relu(self.conv6(x), inplace=True)), inplace=True)
 
     def load_pretrained_layers(self):
         """Take over torchvision's ImageNet VGG-16: its convolutions, and fc6 and fc7 decimated.
@@ -158,7 +158,7 @@ class AuxiliaryConvolutions(nn.Module):
         """Return the four feature maps, after their ReLU, for the base's conv7 (N, 1024, 19, 19)."""
         feature_maps, x = [], conv7
         for name in AUXILIARY_LAYERS:
-            x = F.relu(self.get_submodule(name)(x))
+            x = F.relu(self.get_submodule(name)(x), inplace=True)
             if name in FEATURE_MAPS:
                 feature_maps.append(x)
         return feature_maps
@@ -247,8 +247,8 @@ class SSD300(nn.Module):
         for index, (cells, _, n_priors) in enumerate(FEATURE_MAPS.values()):
             scale, next_scale = family["scales"][index : index + 2]
             ratios = [r for r in family["aspect_ratios"] if n_priors == 6 or 0.5 <= r <= 2]
-            shapes = [(scale, scale), (sqrt(scale * next_scale),) * 2]
-            shapes += [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
+            shapes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
+            shapes += [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
             centers = [(cell + 0.5) * family["steps"][index] for cell in range(cells)]
             if family["clip_centers"]:
                 centers = [min(center, 1.0) for center in centers]
@@ -318,6 +318,8 @@ class MultiBoxLoss(nn.Module):
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.0):
         super().__init__()
         self.register_buffer("priors_cxcy", priors_cxcy, persistent=False)
+        # (8732, 4), xy, side by side in memory, which makes the overlaps several times faster
+        self.register_buffer("priors_xy", cxcy_to_xy(priors_cxcy).t().contiguous().t(), persistent=False)
         self.threshold = threshold
         self.neg_pos_ratio = neg_pos_ratio
         self.alpha = alpha
@@ -336,50 +338,65 @@ class MultiBoxLoss(nn.Module):
         :param labels: N tensors (n_i,), 1 ... n_classes - 1
         """
         n_images, n_priors, n_classes = predicted_scores.shape
-        true_locs, true_labels = self.match(boxes, labels)
+        true_boxes, true_labels = self.match(boxes, labels)
         positive = true_labels > 0  # (N, 8732)
         n_positives = positive.sum(dim=1)
-        n_positives_of_all = n_positives.sum()
-        normalizer = n_positives_of_all.clamp(min=1)
+        n_used = (1 + self.neg_pos_ratio) * n_positives
+
+        # Rank the priors of each image: its positives, then its negatives, the one that scores background worst first.
+        with torch.no_grad():
+            confidence = F.cross_entropy(
+                predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
+            ).reshape(n_images, n_priors)
+            hardness = torch.where(positive, torch.inf, confidence)
+            # How many are needed is known for nothing on a CPU; to ask a GPU would mean to wait for it.
+            n_ranked = n_priors if positive.is_cuda else min(n_priors, max(1, math.ceil(n_used.max())))
+            ranked = hardness.topk(n_ranked, dim=1).indices
+        rank = torch.arange(n_ranked, device=positive.device)
+        predicted_locs, predicted_scores, true_boxes = (
+            values.gather(1, ranked[..., None].expand(-1, -1, values.size(2))).float()
+            for values in (predicted_locs, predicted_scores, true_boxes)
+        )
 
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
-        localization = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction="none").sum(dim=2)
-        localization_loss = torch.where(positive, localization, 0).sum() / normalizer
+        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy[ranked])
+        localization = F.smooth_l1_loss(predicted_locs, true_locs, reduction="none").sum(dim=2)
+        localization = torch.where(rank < n_positives[:, None], localization, 0).sum()
 
         # Compare the classes of the positives and of the hardest negatives.
         confidence = F.cross_entropy(
-            predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
-        ).reshape(n_images, n_priors)
-        hardest_first = torch.where(positive, 0, confidence).sort(dim=1, descending=True).values
-        rank = torch.arange(n_priors, device=positive.device)
-        hard_negative = rank < self.neg_pos_ratio * n_positives[:, None]
-        confidence_loss = (
-            torch.where(positive, confidence, 0).sum() + torch.where(hard_negative, hardest_first, 0).sum()
-        ) / normalizer
-        return confidence_loss, localization_loss, n_positives_of_all
+            predicted_scores.reshape(-1, n_classes), true_labels.gather(1, ranked).reshape(-1), reduction="none"
+        ).reshape(n_images, n_ranked)
+        confidence = torch.where(rank < n_used[:, None], confidence, 0).sum()
+
+        n_positives = n_positives.sum()
+        normalizer = n_positives.clamp(min=1)
+        return confidence / normalizer, localization / normalizer, n_positives
 
     @torch.no_grad()
     def match(self, boxes, labels):
-        """Return what each prior is to predict: offsets (N, 8732, 4), gcxgcy, and labels (N, 8732), 0 background.
+        """Return what each prior is to predict: boxes (N, 8732, 4), fractional xy, and labels (N, 8732), 0 background.
 
-        The offsets of background priors mean nothing. Parameters as for `parts`.
+        The boxes of background priors mean nothing. Parameters as for `parts`.
         """
         device = self.priors_cxcy.device
-        n_priors = len(self.priors_cxcy)
+        n_images, n_priors = len(boxes), len(self.priors_cxcy)
 
-        # Pad the objects to the same number n for every image; what is no object is a whole-image box.
-        sizes = torch.tensor([len(image_boxes) for image_boxes in boxes])
-        n_images, n_objects = len(boxes), max(1, int(sizes.max()))
-        boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1].to(device).float()
-        labels = pad_sequence([*labels, labels[0].new_zeros(n_objects)], batch_first=True)[:-1].to(device)
-        is_object = torch.arange(n_objects) < sizes[:, None]  # (N, n)
-        is_object = is_object.to(device) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
-        boxes = torch.where(is_object[..., None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
+        # Pad the objects to the same number n for every image; what is no object is a whole-image box. Nothing here
+        # or later waits for a GPU.
+        counts = [len(image_boxes) for image_boxes in boxes]
+        n_objects = max(1, *counts)
+        boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1]
+        labels = pad_sequence([*labels, labels[0].new_zeros(n_objects)], batch_first=True)[:-1]
+        is_object = torch.arange(n_objects) < torch.tensor(counts)[:, None]  # (N, n)
+        boxes, labels, is_object = (part.to(device, non_blocking=True) for part in (boxes.float(), labels, is_object))
+        is_object = is_object & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
+        whole_image = torch.arange(4, device=device) // 2
+        boxes = torch.where(is_object[..., None], boxes, whole_image.float())
 
         # Find for every prior the object that it overlaps most.
-        overlap = find_jaccard_overlap(boxes.reshape(-1, 4), cxcy_to_xy(self.priors_cxcy))
-        overlap = overlap.reshape(n_images, n_objects, n_priors)
-        overlap = torch.where(is_object[..., None], overlap, -1)
+        overlap = find_jaccard_overlap(boxes.view(-1, 4), self.priors_xy).view(n_images, n_objects, n_priors)
+        overlap.masked_fill_(~is_object[..., None], -1)
         best_overlap, best_object = overlap.max(dim=1)  # (N, 8732)
 
         # Force every object's best prior on it; where objects share one, the last of them has it.
@@ -390,8 +407,7 @@ class MultiBoxLoss(nn.Module):
         positive = (forced >= 0) | (best_overlap >= self.threshold)
 
         true_boxes = boxes.gather(1, best_object[..., None].expand(-1, -1, 4))
-        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)
-        return true_locs, torch.where(positive, labels.gather(1, best_object), 0)
+        return true_boxes, torch.where(positive, labels.gather(1, best_object), 0)
 
 
 def fetch_weights(weights, instead):

@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from torch.nn import functional as F
 from tqdm import tqdm
 
 
@@ -305,12 +306,19 @@ def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
 
 
 def jaccard_overlap(boxes_1, boxes_2):
-    """Return the jaccard overlap (IoU) of boxes (..., 4), xy, element by element, with broadcasting."""
-    lower = torch.maximum(boxes_1[..., :2], boxes_2[..., :2])
-    upper = torch.minimum(boxes_1[..., 2:], boxes_2[..., 2:])
-    intersection = (upper - lower).clamp(min=0).prod(-1)
-    areas = (boxes_1[..., 2:] - boxes_1[..., :2]).prod(-1), (boxes_2[..., 2:] - boxes_2[..., :2]).prod(-1)
-    return intersection / (areas[0] + areas[1] - intersection)
+    """Return the jaccard overlap (IoU) of boxes (..., 4), xy, element by element, with broadcasting.
+
+    Tensors and arrays alike: on few boxes arrays are several times faster.
+    """
+    library = np if isinstance(boxes_1, np.ndarray) else torch
+    sides = []
+    for low, high in ((0, 2), (1, 3)):
+        side = library.minimum(boxes_1[..., high], boxes_2[..., high])
+        side -= library.maximum(boxes_1[..., low], boxes_2[..., low])
+        sides.append(side.clip(min=0))
+    intersection = sides[0] * sides[1]
+    area_1, area_2 = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]) for boxes in (boxes_1, boxes_2))
+    return intersection / (area_1 + area_2 - intersection)
 
 
 def find_jaccard_overlap(set_1, set_2):
@@ -338,6 +346,7 @@ def decimate(tensor, m):
 IMAGE_SIZE = 300  # side of the network's input, pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0-1: torchvision's VGG-16 was trained with these
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_PIXEL_MEAN, _PIXEL_STD = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 # Paper §2.2, "Data augmentation"; figures from Caffe's ssd_pascal.py and data_transformer.cpp.
 BRIGHTNESS_DELTA = 32  # of 255, added
@@ -351,34 +360,54 @@ CROP_ASPECTS = (0.5, 2.0)  # height over width, both in pixels
 CROP_TRIALS = 50
 
 
+@contextmanager
+def open_image(path):
+    """Open the picture at `path`, not decoded yet; what goes wrong, then or later, is an InputError that names it."""
+    try:
+        with _decoding(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large pictures are welcome
+            image = Image.open(path)
+        with image:
+            yield image
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _decoding():
+    try:
+        yield
+    except Exception as error:  # decoders raise whatever they like on a broken file
+        raise InputError(f"cannot read this image ({error}); replace it or take it out of the data") from error
+
+
 def read_image(path):
     """Return the picture at `path` as upright RGB; InputError that names it where it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are welcome
-            with Image.open(path) as image:
-                image.load()
-                return upright_rgb(image)
-    except Exception as error:  # decoders raise whatever they like on a broken file
-        raise InputError(f"{path}: cannot read this image ({error}); replace it or take it out of the data") from error
+    with open_image(path) as image, _decoding():
+        image = upright_rgb(image)
+        image.load()
+        return image
 
 
 def upright_rgb(image):
-    """Return a PIL image of any mode as RGB, turned as its EXIF orientation says; the input stays as it is."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # grayscale of more than 8 bits, which PIL would clip rather than scale
-        levels = np.asarray(image)
-        image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    """Return a PIL image of any mode as RGB, turned as its EXIF orientation says; itself where it is that already."""
+    with _decoding():
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # grayscale of more than 8 bits, which PIL would clip rather than scale
+            levels = np.asarray(image)
+            image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def transform(image, boxes, labels, difficulties, split, rng=None):
     """Turn an image and its objects into what the network takes; augment for training (paper §2.2).
 
-    The geometry (zoom-out, crop, flip) is drawn on the boxes alone, then the pixels are sampled once from
-    the image into 300x300, then the colours of those are distorted. Nothing given is changed.
+    The geometry (zoom-out, crop, flip) is drawn on the boxes alone, then the pixels are sampled once from the image
+    into 300x300, then the colours of those are distorted. Nothing given is changed, except that a JPEG file that is
+    open and not yet decoded is decoded at a half, a quarter or an eighth of its size where training needs no more.
 
     :param image: PIL image of any mode and size
     :param boxes: (n, 4) float tensor, pixel xy of the upright image; n may be 0
@@ -387,38 +416,34 @@ def transform(image, boxes, labels, difficulties, split, rng=None):
     :param rng: numpy.random.Generator of all random choices; None draws one from torch's random state
     :return: image (3, 300, 300), ImageNet-normalised; boxes (m, 4), fractional xy inside [0, 1]; labels (m,);
         difficulties (m,); m < n only where a training crop leaves an object's centre out, and m = 0 only if n = 0
-    :raises InputError: for a box without area inside the image
+    :raises InputError: for a box without area inside the image, and where the image cannot be decoded
     """
     if split not in ("TRAIN", "TEST"):
         raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
     image = upright_rgb(image)
     width, height = image.size
-    window = np.array([0.0, 0.0, width, height])
-    boxes = _clip(boxes.double(), window)
-    for number in (boxes[:, 2:] <= boxes[:, :2]).any(1).nonzero().flatten()[:1].tolist():
-        raise InputError(f"object {number + 1} has no area inside the {width}x{height} image; correct or remove it")
+    window, boxes = np.array([0, 0, width, height]), boxes.double().numpy()
+    boxes = _clip(boxes, window)
+    without_area = boxes[:, 2:] <= boxes[:, :2]
+    if without_area.any():
+        number = without_area.any(1).argmax() + 1
+        raise InputError(f"object {number} has no area inside the {width}x{height} image; correct or remove it")
 
-    kept, flip = torch.ones(len(boxes), dtype=torch.bool), False
+    flip = False
     if split == "TRAIN":
         rng = rng or np.random.default_rng(int(torch.randint(2**62, ())))
         window = zoom_out(window, rng)
         window, kept = crop_around_objects(window, boxes, rng)
         flip = rng.random() < 0.5
-
-    image = _sample_window(image, window, rng if split == "TRAIN" else None)
-    boxes = _clip(boxes[kept], window)
-    low, high = torch.from_numpy(window).chunk(2)
-    boxes = (boxes - low.repeat(2)) / (high - low).repeat(2)
-    if flip:
-        image = ImageOps.mirror(image)
-        boxes[:, [0, 2]] = 1 - boxes[:, [2, 0]]
-    return _normalize(image), boxes.float().clamp(0, 1), labels[kept], difficulties[kept]
+        boxes, kept = _clip(boxes[kept], window), torch.from_numpy(kept)
+        labels, difficulties = labels[kept], difficulties[kept]
+    pixels, boxes = _sample_window(image, window, boxes, flip, rng if split == "TRAIN" else None)
+    return pixels, torch.from_numpy(boxes).float().clamp_(0, 1), labels.clone(), difficulties.clone()
 
 
 def _clip(boxes, window):
     """Cut boxes (n, 4), xy, off at the borders of a window (4,), xy."""
-    low, high = torch.from_numpy(window).chunk(2)
-    return boxes.clamp(low.repeat(2), high.repeat(2))
+    return np.minimum(np.maximum(boxes.reshape(-1, 2, 2), window[:2]), window[2:]).reshape(-1, 4)
 
 
 def zoom_out(window, rng):
@@ -426,85 +451,145 @@ def zoom_out(window, rng):
     if rng.random() < 0.5:
         return window
     sides = window[2:] - window[:2]
-    scale = rng.uniform(1, MAX_ZOOM_OUT)
-    corner = window[:2] - rng.random(2) * (scale - 1) * sides
-    return np.concatenate([corner, corner + scale * sides])
+    canvas = np.floor(rng.uniform(1, MAX_ZOOM_OUT) * sides).astype(int)
+    corner = window[:2] - np.floor(rng.random(2) * (canvas - sides + 1)).astype(int)
+    return np.concatenate([corner, corner + canvas])
 
 
 def crop_around_objects(window, boxes, rng):
     """Draw the paper's crop: one that overlaps an object by a random minimum.
 
-    :param window: (4,) array, pixel xy: what is there to crop from
-    :param boxes: (n, 4) double tensor, pixel xy
-    :return: the crop (4,), pixel xy, and a boolean (n,) tensor of the objects whose centre it holds, never
+    :param window: (4,) array of integers, pixel xy: what is there to crop from
+    :param boxes: (n, 4) array, pixel xy
+    :return: the crop (4,), whole pixels, xy, and a boolean (n,) array of the objects whose centre it holds, never
         all False where there are objects
     """
-    sides = window[2:] - window[:2]
-    centers = xy_to_cxcy(boxes)[:, :2]
+    corner, sides = window[:2], window[2:] - window[:2]
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     while True:
         min_overlap = MIN_OVERLAPS[rng.integers(len(MIN_OVERLAPS))]
         if min_overlap is None:
-            return window, torch.ones(len(boxes), dtype=torch.bool)
-        crop_sides = rng.uniform(*CROP_SIDES, (CROP_TRIALS, 2)) * sides
-        corners = window[:2] + rng.random((CROP_TRIALS, 2)) * (sides - crop_sides)
-        aspects = torch.from_numpy(crop_sides[:, 1] / crop_sides[:, 0])
-        crops = torch.from_numpy(np.concatenate([corners, corners + crop_sides], axis=1))
-        holds = ((crops[:, None, :2] < centers) & (centers < crops[:, None, 2:])).all(2)  # (trials, n)
+            return window, np.ones(len(boxes), bool)
+        crop_sides = np.ceil(rng.uniform(*CROP_SIDES, (CROP_TRIALS, 2)) * sides)
+        low = corner + np.floor(rng.random((CROP_TRIALS, 2)) * (sides - crop_sides + 1))
+        crops = np.concatenate([low, low + crop_sides], axis=1)
+        aspects = crop_sides[:, 1] / crop_sides[:, 0]
         fits = (CROP_ASPECTS[0] <= aspects) & (aspects <= CROP_ASPECTS[1])
+        holds = ((low[:, None] < centers) & (centers < crops[:, None, 2:])).all(2)  # (trials, n)
         if len(boxes):
-            fits &= holds.any(1) & (find_jaccard_overlap(crops, boxes).amax(1) >= min_overlap)
+            fits &= holds.any(1) & (find_jaccard_overlap(crops, boxes).max(1) >= min_overlap)
         if fits.any():
-            first = fits.int().argmax()
-            return crops[first].numpy(), holds[first]
+            first = fits.argmax()
+            return crops[first].astype(int), holds[first]
 
 
-def _sample_window(image, window, rng=None):
-    """Resize a window (4,), pixel xy, of an RGB image to 300x300; where it leaves the image is ImageNet's mean.
+def _sample_window(image, window, boxes, flip=False, rng=None):
+    """Resize a window of an RGB image to 300x300; where the window leaves the image is ImageNet's mean.
 
-    With `rng` the colours of the image's part, not of the filling, are distorted.
+    :param window: (4,) array of integers, pixel xy
+    :param boxes: (n, 4) array, pixel xy, inside both image and window
+    :param flip: whether to mirror the result
+    :param rng: with it the colours of the image's part, not of the filling, are distorted, and JPEGs decoded small
+    :return: pixels (3, 300, 300), ImageNet-normalised, and the boxes, fractional xy
     """
-    size = np.array(image.size)
-    scale = IMAGE_SIZE / (window[2:] - window[:2])
-    # Round the image's part to whole pixels of the output; sample from exactly where these come from.
-    low = np.rint((np.maximum(window[:2], 0) - window[:2]) * scale).astype(int)
-    high = np.rint((np.minimum(window[2:], size) - window[:2]) * scale).astype(int)
-    canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(round(255 * mean) for mean in IMAGENET_MEAN))
-    if (low < high).all():
-        source = np.concatenate([(window[:2] + low / scale).clip(0, size), (window[:2] + high / scale).clip(0, size)])
-        patch = image.resize(tuple((high - low).tolist()), Image.Resampling.BILINEAR, tuple(source.tolist()))
-        canvas.paste(photometric_distort(patch, rng) if rng else patch, tuple(low.tolist()))
-    return canvas
+    axes = [_place(*window[axis::2].tolist(), image.size[axis]) for axis in (0, 1)]
+    low, high, place, size = zip(*axes, strict=True)  # x, y of each
+    if min(size) == 0:  # a crop of the filling alone
+        return torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE), boxes
+
+    # Decode the image; where that loses nothing, small: libjpeg offers 1/2, 1/4 and 1/8, sides rounded up.
+    reduction = 8 if rng else 1
+    while reduction > 1 and any(high[axis] - low[axis] < reduction * size[axis] for axis in (0, 1)):
+        reduction //= 2
+    with _decoding(), warnings.catch_warnings():
+        if reduction > 1 and not image.draft("RGB", [side // reduction for side in image.size]):
+            reduction = 1
+        low, high = [edge // reduction for edge in low], [-(-edge // reduction) for edge in high]
+        # PIL keeps four bytes a pixel, three of them used; so they are copied and resized fastest.
+        if (low, high) != ([0, 0], [*image.size]):
+            image = image.crop((*low, *high))
+        warnings.simplefilter("ignore")  # PyTorch's, that these bytes are not to be written to
+        pixels = torch.frombuffer(image.tobytes("raw", "RGBX"), dtype=torch.uint8).view(1, image.height, image.width, 4)
+
+    # Sample from exactly those pixels, so that the boxes fit to them.
+    pixels = F.interpolate(pixels.permute(0, 3, 1, 2), size[::-1], mode="bilinear", antialias=True)[0, :3]
+    origin, factor = np.multiply(low, reduction), np.divide(size, np.subtract(high, low) * reduction)
+    boxes = (((boxes.reshape(-1, 2, 2) - origin) * factor + place) / IMAGE_SIZE).reshape(-1, 4)
+    (x, y), (width, height) = place, size
+    if flip:
+        boxes, x = (
+            np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1),
+            IMAGE_SIZE - x - width,
+        )
+
+    # Separate the colours, mirrored or not, and change them.
+    pixels = torch.from_numpy(np.array(pixels.numpy()[:, :, :: -1 if flip else 1], np.float32, order="C"))
+    if rng:
+        photometric_distort(pixels, rng)
+    pixels.sub_(_PIXEL_MEAN).div_(_PIXEL_STD)
+    if min(size) < IMAGE_SIZE:
+        pixels = F.pad(pixels, (x, IMAGE_SIZE - x - width, y, IMAGE_SIZE - y - height))
+    return pixels, boxes
 
 
-def photometric_distort(image, rng):
-    """Change brightness, contrast, saturation and hue of an RGB image, each with probability 0.5, in random order."""
-    levels = np.arange(256)
+def _place(window_low, window_high, image_size):
+    """Return where a window holds an image, along one axis: from and to in the image, place and size in the output.
+
+    Place and size are rounded to whole pixels, one at least; the size is 0 where the window holds none of the image.
+    """
+    low, high = max(window_low, 0), min(window_high, image_size)
+    if low >= high:
+        return 0, 0, 0, 0
+    scale = IMAGE_SIZE / (window_high - window_low)
+    place = min(round((low - window_low) * scale), IMAGE_SIZE - 1)
+    return low, high, place, max(round((high - window_low) * scale) - place, 1)
+
+
+def photometric_distort(pixels, rng):
+    """Change brightness, contrast, saturation and hue in place, each with probability 0.5, in random order.
+
+    :param pixels: (3, height, width) float tensor, RGB of 0-255
+    """
     for distortion in rng.permutation(4):
         if rng.random() < 0.5:
             continue
         if distortion == 0:
-            image = _map_levels(image, [levels + rng.uniform(-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA)] * 3)
+            pixels.add_(rng.uniform(-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA)).clamp_(0, 255)
         elif distortion == 1:
-            image = _map_levels(image, [levels * rng.uniform(*CONTRAST_RANGE)] * 3)
+            pixels.mul_(rng.uniform(*CONTRAST_RANGE)).clamp_(max=255)
         elif distortion == 2:
-            factor = rng.uniform(*SATURATION_RANGE)
-            image = _map_levels(image.convert("HSV"), [levels, levels * factor, levels]).convert("RGB")
+            _scale_saturation(pixels, rng.uniform(*SATURATION_RANGE))
         else:
-            shift = round(256 * rng.uniform(-HUE_DELTA, HUE_DELTA))
-            image = _map_levels(image.convert("HSV"), [(levels + shift) % 256, levels, levels]).convert("RGB")
-    return image
+            turn = rng.uniform(-HUE_DELTA, HUE_DELTA)
+            for rows in pixels.split(100, dim=1):  # in parts, for the processor's cache and the allocator
+                _turn_hue(rows, turn)
 
 
-def _map_levels(image, tables):
-    """Replace the 256 levels of each of an image's three bands by those of its table, rounded and clipped."""
-    return image.point(np.concatenate(tables).round().clip(0, 255).astype(int).tolist())
+def _scale_saturation(pixels, factor):
+    """Multiply HSV's saturation, (max - min) / max, by a factor, as far as 1: hue and value stay."""
+    value = pixels.amax(dim=0)
+    if factor > 1:
+        factor = (value / (value - pixels.amin(dim=0)).clamp_(min=1e-6)).clamp_(max=factor)
+    torch.lerp(value, pixels, factor, out=pixels)
 
 
-def _normalize(image):
-    """Return an RGB image as a float tensor (3, height, width), ImageNet-normalised."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-    mean, std = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
+def _turn_hue(pixels, turn):
+    """Turn HSV's hue by a share of the colour circle, at most a sixth: saturation and value stay."""
+    smallest = pixels.amin(dim=0)
+    chroma = pixels.amax(dim=0).sub_(smallest)
+    turned = chroma * abs(6 * turn)
+    left = chroma - turned
+    # Along the circle each colour rises in one sixth, is full in two, falls in one and is gone in two. Where it falls
+    # or is full the next colour rises, which tells how far along; where it rises or is gone, the one before falls.
+    red, green, blue = pixels
+    colors = (red, green, blue) if turn > 0 else (red, blue, green)
+    ahead = [colors[i] - colors[i - 2] for i in range(3)]  # of each colour to the next one
+    behind = [chroma - difference for difference in ahead]
+    for i, color in enumerate(colors):
+        falling = torch.minimum(ahead[i] + left, behind[i - 1])
+        rising = torch.minimum(ahead[i].add_(turned), behind[i - 2])
+        torch.maximum(falling, rising, out=color).clamp_(min=0)
+        torch.minimum(color, chroma, out=color).add_(smallest)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """The slow and obvious version of each fast function: the tests' oracle and the benchmark's baseline."""
 
-import colorsys
 import math
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from torchvision.ops import box_convert, box_iou
 
 
 def jaccard_overlap(box_1, box_2):
@@ -29,51 +30,38 @@ def overlap_table(boxes_1, boxes_2):
 
 
 def match(priors_xy, boxes, labels, threshold=0.5):
-    """Object index (-1: none) and label (0: background) of each prior, for one image."""
-    object_of, label_of = [-1] * len(priors_xy), [0] * len(priors_xy)
+    """Object index and label (0: background) of each prior, for one image: two tensors as long as the priors."""
     if len(boxes) == 0:
-        return object_of, label_of
-    overlap = overlap_table(boxes, priors_xy)
-    for prior in range(len(priors_xy)):
-        best = int(overlap[:, prior].argmax())
-        if overlap[best, prior] >= threshold:
-            object_of[prior], label_of[prior] = best, int(labels[best])
+        return torch.zeros(2, len(priors_xy), dtype=torch.long)
+    overlap = box_iou(boxes, priors_xy)
+    best_overlap, object_of = overlap.max(dim=0)
+    label_of = labels[object_of]
+    label_of[best_overlap < threshold] = 0
     for number in range(len(boxes)):  # a later object takes a contested prior from an earlier one
-        prior = int(overlap[number].argmax())
-        object_of[prior], label_of[prior] = number, int(labels[number])
+        prior = overlap[number].argmax()
+        object_of[prior], label_of[prior] = number, labels[number]
     return object_of, label_of
 
 
 def multibox_loss(priors_cxcy, predicted_locs, predicted_scores, boxes, labels, threshold=0.5, neg_pos_ratio=3):
-    """Confidence and localisation loss of a batch, image by image and prior by prior."""
-    half = priors_cxcy[:, 2:] / 2
-    priors_xy = torch.cat([priors_cxcy[:, :2] - half, priors_cxcy[:, :2] + half], dim=1)
-    confidence, localization, n_positives = 0.0, 0.0, 0
-    log_probabilities = predicted_scores.double().log_softmax(dim=2)
-    for image in range(len(boxes)):
-        object_of, label_of = match(priors_xy, boxes[image], labels[image], threshold)
-        negatives, n_here = [], 0
-        for prior, (number, label) in enumerate(zip(object_of, label_of, strict=True)):
-            loss = -float(log_probabilities[image, prior, label])
-            if label == 0:
-                negatives.append(loss)
-                continue
-            n_here += 1
-            confidence += loss
-            x_min, y_min, x_max, y_max = boxes[image][number].double().tolist()
-            c_x, c_y, w, h = priors_cxcy[prior].double().tolist()
-            target = (
-                ((x_min + x_max) / 2 - c_x) / (w / 10),
-                ((y_min + y_max) / 2 - c_y) / (h / 10),
-                math.log((x_max - x_min) / w) * 5,
-                math.log((y_max - y_min) / h) * 5,
-            )
-            for offset, wanted in zip(predicted_locs[image, prior].double().tolist(), target, strict=True):
-                difference = abs(offset - wanted)
-                localization += difference**2 / 2 if difference < 1 else difference - 0.5
-        confidence += sum(sorted(negatives, reverse=True)[: neg_pos_ratio * n_here])
+    """Confidence and localisation loss of a batch, image by image, as the published implementations do it."""
+    priors_xy = box_convert(priors_cxcy, "cxcywh", "xyxy")
+    confidence, localization, n_positives = [], [predicted_locs.sum() * 0], 0
+    for locs, scores, true_boxes, true_labels in zip(predicted_locs, predicted_scores, boxes, labels, strict=True):
+        object_of, label_of = match(priors_xy, true_boxes, true_labels, threshold)
+        losses = F.cross_entropy(scores, label_of, reduction="none")
+        positive = label_of > 0
+        n_here = int(positive.sum())
+        hardest = losses[~positive].sort(descending=True).values[: neg_pos_ratio * n_here]
+        confidence += [losses[positive].sum(), hardest.sum()]
         n_positives += n_here
-    return confidence / max(n_positives, 1), localization / max(n_positives, 1)
+        if n_here:
+            c_x, c_y, w, h = box_convert(true_boxes[object_of[positive]], "xyxy", "cxcywh").unbind(1)
+            p_x, p_y, p_w, p_h = priors_cxcy[positive].unbind(1)
+            offsets = (c_x - p_x) / (p_w / 10), (c_y - p_y) / (p_h / 10), (w / p_w).log() * 5, (h / p_h).log() * 5
+            difference = (locs[positive] - torch.stack(offsets, dim=1)).abs()
+            localization.append(torch.where(difference < 1, difference**2 / 2, difference - 0.5).sum())
+    return sum(confidence) / max(n_positives, 1), sum(localization) / max(n_positives, 1)
 
 
 def detect_objects(priors_cxcy, locs, scores, min_score, max_overlap, top_k):
@@ -84,14 +72,13 @@ def detect_objects(priors_cxcy, locs, scores, min_score, max_overlap, top_k):
     boxes = torch.cat([centers - half, centers + half], dim=1)
     found = []
     for label in range(1, scores.size(1)):
-        candidates = [p for p in range(len(boxes)) if probabilities[p, label] > min_score]
-        candidates.sort(key=lambda p: -float(probabilities[p, label]))
-        survivors = []
-        for prior in candidates:
-            box = boxes[prior].double().tolist()
-            if all(jaccard_overlap(box, other) <= max_overlap for other in survivors):
-                survivors.append(box)
-                found.append((float(probabilities[prior, label]), prior, label))
+        candidates = (probabilities[:, label] > min_score).nonzero().flatten()
+        candidates = candidates[probabilities[candidates, label].argsort(descending=True, stable=True)]
+        while len(candidates):
+            best, candidates = candidates[0], candidates[1:]
+            found.append((float(probabilities[best, label]), int(best), label))
+            overlap = box_iou(boxes[best][None].double(), boxes[candidates].double())[0]
+            candidates = candidates[overlap <= max_overlap]
     found.sort(key=lambda detection: (-detection[0], detection[1], detection[2]))
     found = found[:top_k]
     priors = [prior for _, prior, _ in found]
@@ -159,12 +146,13 @@ def average_precisions(
 def augment(pixels, boxes, rng, colors=True):
     """The paper's augmentation one step after the other: distort, zoom out, crop, flip; resizing is left to do.
 
-    pixels: RGB array 0-255; boxes: list of pixel xy. Returns the new pixels, the boxes that stayed, fractional, and
-    their indices.
+    pixels: RGB array 0-255; boxes: list of pixel xy. Returns the new pixels, the boxes that stayed, fractional, their
+    indices, and two shares: the canvas' area over the image's and the crop's over the canvas'.
     """
     if colors:
         pixels = distort(pixels.astype(float), rng).astype(np.uint8)
     boxes, indices = [list(box) for box in boxes], list(range(len(boxes)))
+    image_area = pixels.size
     if rng.random() < 0.5:  # zoom out
         height, width, _ = pixels.shape
         scale = rng.uniform(1, 4)
@@ -174,12 +162,14 @@ def augment(pixels, boxes, rng, colors=True):
         canvas[top : top + height, left : left + width] = pixels
         pixels = canvas
         boxes = [[x0 + left, y0 + top, x1 + left, y1 + top] for x0, y0, x1, y1 in boxes]
+    canvas_area = pixels.size
     pixels, boxes, indices = crop(pixels, boxes, indices, rng)
+    shares = canvas_area / image_area, pixels.size / canvas_area
     height, width, _ = pixels.shape
     if rng.random() < 0.5:  # flip
         pixels = pixels[:, ::-1]
         boxes = [[width - x1, y0, width - x0, y1] for x0, y0, x1, y1 in boxes]
-    return pixels, [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes], indices
+    return pixels, [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes], indices, shares
 
 
 def crop(pixels, boxes, indices, rng):
@@ -235,10 +225,21 @@ def distort(pixels, rng):
 
 
 def distort_hsv(pixels, factor, shift):
-    """Multiply saturation by a factor and turn hue by a share of the circle, colour by colour."""
-    result = np.empty_like(pixels)
-    for row in range(pixels.shape[0]):
-        for column in range(pixels.shape[1]):
-            h, s, v = colorsys.rgb_to_hsv(*(pixels[row, column] / 255))
-            result[row, column] = colorsys.hsv_to_rgb((h + shift) % 1, min(1, s * factor), v)
-    return result * 255
+    """Multiply saturation by a factor and turn hue by a share of the circle: to HSV, change, back to RGB."""
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    value, smallest = pixels.max(-1), pixels.min(-1)
+    chroma = value - smallest
+    divisor = np.where(chroma == 0, 1, chroma)
+    hue = np.select(
+        [value == red, value == green],
+        [(green - blue) / divisor, (blue - red) / divisor + 2],
+        (red - green) / divisor + 4,
+    ) / 6  # fmt: skip
+    saturation = chroma / np.where(value == 0, 1, value)
+
+    hue, saturation = (hue + shift) % 1, np.minimum(1, saturation * factor)
+    sector, part = np.floor(hue * 6).astype(int) % 6, hue * 6 % 1
+    low, falling, rising = (value * (1 - saturation * share) for share in (1, part, 1 - part))
+    order = [(value, rising, low), (falling, value, low), (low, value, rising),
+             (low, falling, value), (rising, low, value), (value, low, falling)]  # fmt: skip
+    return np.stack([np.choose(sector, [colors[band] for colors in order]) for band in range(3)], axis=-1)

@@ -1,5 +1,6 @@
 """Augmentation and preprocessing."""
 
+import colorsys
 import random
 
 import numpy as np
@@ -68,10 +69,10 @@ def test_crops_keep_the_objects_whose_centre_they_hold_and_the_overlap_they_prom
     for seed in range(3000):
         rng = np.random.default_rng(seed)
         image, boxes, _, _ = random_scene(rng, n=3)
-        window = np.array([0.0, 0.0, *image.size])
-        crop, kept = crop_around_objects(window, boxes.double(), rng)
+        window, boxes = np.array([0, 0, *image.size]), boxes.numpy()
+        crop, kept = crop_around_objects(window, boxes, rng)
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-        inside = ((centers > torch.tensor(crop[:2])) & (centers < torch.tensor(crop[2:]))).all(1)
+        inside = ((centers > crop[:2]) & (centers < crop[2:])).all(1)
         assert kept.any()
         if (crop == window).all():
             assert kept.all()
@@ -79,7 +80,7 @@ def test_crops_keep_the_objects_whose_centre_they_hold_and_the_overlap_they_prom
         cropped += 1
         assert (kept == inside).all()
         assert (crop[:2] >= window[:2]).all()
-        assert (crop[2:] <= window[2:] + 1e-9).all()
+        assert (crop[2:] <= window[2:]).all()
         share = (crop[2:] - crop[:2]) / window[2:]
         assert ((share >= 0.3) & (share <= 1)).all()
         width, height = crop[2:] - crop[:2]
@@ -93,9 +94,9 @@ def test_the_promised_minimum_overlap_is_kept(monkeypatch):
     for seed in range(500):
         rng = np.random.default_rng(seed)
         _, boxes, _, _ = random_scene(rng, n=2)
-        window = np.array([0.0, 0.0, 130, 130])
+        window = np.array([0, 0, 130, 130])
         boxes[0] = torch.tensor([10.0, 10, 100, 100])
-        crop, _ = crop_around_objects(window, boxes.double(), rng)
+        crop, _ = crop_around_objects(window, boxes.numpy(), rng)
         if (crop != window).any():
             cropped += 1
             assert max(reference.jaccard_overlap(crop, box) for box in boxes.tolist()) >= 0.5
@@ -103,7 +104,7 @@ def test_the_promised_minimum_overlap_is_kept(monkeypatch):
 
 
 def test_boxes_stay_on_their_objects_pixels(monkeypatch):
-    monkeypatch.setattr(utils, "photometric_distort", lambda image, rng: image)
+    monkeypatch.setattr(utils, "photometric_distort", lambda pixels, rng: None)
     checked = 0
     for seed in range(300):
         rng = np.random.default_rng(seed)
@@ -125,25 +126,42 @@ SEEDS = 1000
 
 
 @pytest.mark.parametrize("offset", [0, 10_000])
-def test_the_distribution_of_boxes_is_that_of_the_step_by_step_augmentation(offset):
+def test_the_distribution_of_boxes_is_that_of_the_step_by_step_augmentation(offset, monkeypatch):
     def statistics(samples):
-        boxes = np.array([boxes[0] for boxes, _ in samples])  # one an image: those of an image are not independent
+        boxes = np.array([boxes[0] for boxes, *_ in samples])  # one an image: those of an image are not independent
         sides = boxes[:, 2:] - boxes[:, :2]
         return {
             "center x": boxes[:, [0, 2]].mean(1), "center y": boxes[:, [1, 3]].mean(1), "width": sides[:, 0],
             "height": sides[:, 1], "aspect": sides[:, 0] / sides[:, 1],
-            "survivors": np.array([len(indices) for _, indices in samples]),
-            "first survivor": np.array([indices[0] for _, indices in samples]),
+            "survivors": np.array([len(indices) for _, indices, _ in samples]),
+            "first survivor": np.array([indices[0] for _, indices, _ in samples]),
+            "zoom-out share": np.array([shares[0] for *_, shares in samples]),
+            "crop share": np.array([shares[1] for *_, shares in samples]),
         }  # fmt: skip
 
     boxes, ours, theirs = [[60, 30, 180, 300], [225, 15, 460, 160], [300, 180, 360, 330]], [], []
-    image = Image.new("RGB", (500, 375))
+    image, shares = Image.new("RGB", (500, 375)), []
+    for name in ("zoom_out", "crop_around_objects"):
+        monkeypatch.setattr(utils, name, recording_share(getattr(utils, name), shares))
     for seed in range(offset, offset + SEEDS):
+        shares.clear()
         sample = (image, torch.tensor(boxes).float(), torch.arange(3), torch.zeros(3))
         _, new_boxes, labels, _ = transform(*sample, "TRAIN", np.random.default_rng(seed))
-        ours.append((new_boxes.tolist(), labels.tolist()))
+        ours.append((new_boxes.tolist(), labels.tolist(), tuple(shares)))
         theirs.append(reference.augment(np.asarray(image), boxes, random.Random(seed), colors=False)[1:])
     assert_same_distributions(statistics(ours), statistics(theirs))
+
+
+def recording_share(function, shares):
+    """Wrap a function from one window to another; append the second's area over the first's to `shares`."""
+
+    def wrapped(window, *arguments):
+        result = function(window, *arguments)
+        new_window = result[0] if isinstance(result, tuple) else result
+        shares.append(np.prod(new_window[2:] - new_window[:2]) / np.prod(window[2:] - window[:2]))
+        return result
+
+    return wrapped
 
 
 @pytest.mark.parametrize("offset", [0, 10_000])
@@ -157,7 +175,7 @@ def test_the_distribution_of_colours_is_that_of_the_step_by_step_augmentation(of
     for seed in range(offset, offset + SEEDS // 2):
         sample = (image, torch.tensor(boxes).float(), torch.arange(1), torch.zeros(1))
         ours.append(to_pixels(transform(*sample, "TRAIN", np.random.default_rng(seed))[0]))
-        pixels, _, _ = reference.augment(colors, boxes, random.Random(seed))
+        pixels = reference.augment(colors, boxes, random.Random(seed))[0]
         theirs.append(np.asarray(Image.fromarray(pixels).resize((300, 300), Image.Resampling.BILINEAR)))
     assert_same_distributions(statistics(ours), statistics(theirs))
 
@@ -182,8 +200,8 @@ def kolmogorov_smirnov_p(sample_1, sample_2):
 
 def test_colours_are_distorted_as_the_step_by_step_formulas_say():
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    pixels = np.asarray(image).astype(float)
+    pixels = rng.integers(0, 256, (8, 8, 3)).astype(float)
+    pixels[0], pixels[1, :, 1], pixels[2, :, :2] = 0, pixels[1, :, 0], 255  # black; colours that tie
 
     class Fixed:
         """Stands for a generator: distortion `which` alone is applied, with a fixed value."""
@@ -203,40 +221,77 @@ def test_colours_are_distorted_as_the_step_by_step_formulas_say():
             return self.value
 
     expected = {
-        (0, 20.4): (pixels + 20.4).clip(0, 255).round(),
+        (0, 20.4): (pixels + 20.4).clip(0, 255),
         (0, -32): (pixels - 32).clip(0, 255),
-        (1, 1.5): (pixels * 1.5).clip(0, 255).round(),
+        (1, 1.5): (pixels * 1.5).clip(0, 255),
         (2, 0.5): reference.distort_hsv(pixels, 0.5, 0),
         (2, 1.5): reference.distort_hsv(pixels, 1.5, 0),
         (3, 0.1): reference.distort_hsv(pixels, 1, 0.1),
+        (3, -0.07): reference.distort_hsv(pixels, 1, -0.07),
     }
     for (which, value), wanted in expected.items():
-        result = np.asarray(utils.photometric_distort(image, Fixed(which, value))).astype(float)
-        tolerance = 0.501 if which < 2 else 9  # PIL's hue and saturation have 256 steps
-        assert np.abs(result - wanted).max() <= tolerance, (which, value)
-        assert np.abs(result - wanted).mean() < 2
+        result = torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous()
+        utils.photometric_distort(result, Fixed(which, value))
+        result = result.permute(1, 2, 0).numpy()
+        assert np.abs(result - wanted).max() < 1e-3, (which, value)
         assert np.abs(result - pixels).mean() > 5
 
 
-def test_filling_is_the_imagenet_mean_and_is_not_distorted(monkeypatch):
+def test_the_step_by_step_formulas_are_those_of_the_standard_library():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3)).astype(float)
+    pixels[0] = pixels[0, :, :1]  # gray
+    changed = reference.distort_hsv(pixels, 1.3, -0.08)
+    for old, new in zip(pixels.reshape(-1, 3), changed.reshape(-1, 3), strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(old / 255))
+        expected = colorsys.hsv_to_rgb((hue - 0.08) % 1, min(1, saturation * 1.3), value)
+        assert np.abs(new / 255 - expected).max() < 1e-9
+
+
+def test_filling_is_the_imagenet_mean_and_is_not_distorted():
     image = Image.new("RGB", (50, 40), (255, 255, 255))
-    window = np.array([-50.0, -40.0, 100.0, 80.0])
-    canvas = np.asarray(utils._sample_window(image, window, np.random.default_rng(3)))
-    mean = [round(255 * value) for value in IMAGENET_MEAN]
-    assert (canvas[:100] == mean).all()
-    assert (canvas[200:] == mean).all()
-    assert (canvas[100:200, :100] == mean).all()
-    assert (canvas[100:200, 100:200] != mean).any(axis=2).all()
+    window, boxes = np.array([-50, -40, 100, 80]), np.array([[0.0, 0.0, 50.0, 40.0]])
+    canvas, boxes = utils._sample_window(image, window, boxes, rng=np.random.default_rng(3))
+    canvas = canvas.permute(1, 2, 0).numpy()
+    assert (canvas[:100] == 0).all()  # normalised, the mean is 0
+    assert (canvas[200:] == 0).all()
+    assert (canvas[100:200, :100] == 0).all()
+    assert (canvas[100:200, 100:200] != 0).all()
+    assert np.allclose(boxes, [[1 / 3, 1 / 3, 2 / 3, 2 / 3]])
 
 
 def test_test_images_are_resized_and_normalised_only():
     image, boxes, labels, difficulties = random_scene(np.random.default_rng(1), n=4)
+    image = image.resize((611, 397), Image.Resampling.BICUBIC)
+    boxes *= 3
     results = transform(image, boxes, labels, difficulties, "TEST")
-    expected = np.asarray(image.resize((300, 300), Image.Resampling.BILINEAR)).astype(float)
-    assert np.abs(to_pixels(results[0]) - expected).max() < 1e-3
+    exact = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()
+    exact = torch.nn.functional.interpolate(exact, (300, 300), mode="bilinear", antialias=True)[0]
+    assert np.abs(to_pixels(results[0]) - exact.permute(1, 2, 0).numpy()).max() < 1.6  # rounded twice
     assert torch.allclose(results[1], boxes / torch.tensor(image.size * 2), atol=1e-6)
     assert (results[2] == labels).all()
     assert (results[3] == difficulties).all()
+
+
+def test_a_large_jpeg_is_decoded_small_where_training_needs_no_more(tmp_path, monkeypatch):
+    """Seen by its size; the sample is that of the image decoded whole, its boxes on the same pixels."""
+    sizes = []
+    monkeypatch.setattr(utils, "photometric_distort", lambda pixels, rng: None)
+    small = np.random.default_rng(0).integers(0, 256, (11, 16, 3), dtype=np.uint8)
+    whole = Image.fromarray(small).resize((1601, 1073), Image.Resampling.BICUBIC)
+    whole.save(tmp_path / "large.jpg", quality=95)
+    targets = torch.tensor([[400.0, 300.0, 1201.0, 807.0], [3.0, 3.0, 10.0, 10.0]]), torch.arange(2), torch.zeros(2)
+    for seed in range(60):
+        whole = read_image(tmp_path / "large.jpg")
+        expected = transform(whole, *targets, "TRAIN", np.random.default_rng(seed))
+        with Image.open(tmp_path / "large.jpg") as image:
+            result = transform(image, *targets, "TRAIN", np.random.default_rng(seed))
+            sizes.append(image.size)
+        assert np.abs(to_pixels(result[0]) - to_pixels(expected[0])).mean() < 1.5, seed
+        assert torch.allclose(result[1], expected[1], atol=1 / 300), seed
+        assert (result[2] == expected[2]).all()
+    assert set(sizes) == {(1601, 1073), (801, 537), (401, 269), (201, 135)}
+    with Image.open(tmp_path / "large.jpg") as image:
+        assert torch.equal(transform(image, *targets, "TEST")[0], transform(whole, *targets, "TEST")[0])
 
 
 @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
