@@ -50,18 +50,18 @@ def save_weights(path, model):
     _save(path, model, {})
 
 
-def save_checkpoint(path, model, optimizer, iteration, best_loss, settings):
+def save_checkpoint(path, model, optimizer, scaler, iteration, best_loss, settings):
     """Write everything that training goes on from, whole or not at all.
 
     :param path: of the file, replaced if it is there
     :param model: SSD300 whose label_map is set
-    :param optimizer: its optimizer
+    :param optimizer, scaler: its optimizer and gradient scaler
     :param iteration: number of updates made
     :param best_loss: lowest validation loss so far
     :param settings: dict of plain values that describe the run
     """
-    state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "best_loss": best_loss, "settings": settings}
-    _save(path, model, state)
+    training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "iteration": iteration}
+    _save(path, model, {**training, "best_loss": best_loss, "settings": settings})
 
 
 def _save(path, model, training):
@@ -104,11 +104,16 @@ def _check(checkpoint, keys, path):
     check_label_map(checkpoint["label_map"], path)
 
 
-def load_optimizer(optimizer, checkpoint, path):
-    """Load the momenta of a checkpoint, not its settings; InputError that names `path` where they do not fit."""
+def load_optimizer(optimizer, scaler, checkpoint, path):
+    """Load the momenta of a checkpoint, not its settings, and the gradient scaler where both have one.
+
+    :raises InputError: naming `path`, where they do not fit
+    """
     try:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        if scaler.is_enabled() and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged checkpoint, its optimizer state does not fit; give another") from error
 
@@ -136,7 +141,7 @@ def load_model(source, device="cpu", label_map=None):
     a state dict of ssd.pytorch's or of torchvision's ssd300_vgg16, of whose 91 COCO classes VOC's 20 are taken.
 
     :param source: path of the file, or "coco" for torchvision's weights, fetched once
-    :param device: where the model is put
+    :param device: where the model is put, its weights with channels last, which detects faster
     :param label_map: class names for a file that holds none and has as many classes; with 21 classes it is VOC's,
         and without this parameter names are made up
     :raises InputError: naming the file, where it cannot be used
@@ -147,7 +152,7 @@ def load_model(source, device="cpu", label_map=None):
         contents = _read(source)
     if isinstance(contents, dict) and "format" in contents:
         _check(contents, (), source)
-        return make_model(contents, source).to(device).eval()
+        return _ready(make_model(contents, source), device)
     try:
         description = _describe(contents)
         n_classes = len(description["model"]["pred_convs.cl_conv4_3.bias"]) // 4
@@ -157,7 +162,11 @@ def load_model(source, device="cpu", label_map=None):
         label_map = voc_label_map
     elif label_map is None or len(label_map) != n_classes:
         label_map = make_label_map(f"class {number}" for number in range(1, n_classes))
-    return make_model({**description, "label_map": label_map}, source).to(device).eval()
+    return _ready(make_model({**description, "label_map": label_map}, source), device)
+
+
+def _ready(model, device):
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def load_base(model, path):

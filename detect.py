@@ -12,6 +12,7 @@ import torch
 from PIL import ImageDraw, ImageFont
 
 from checkpoints import load_model
+from devices import find_device
 from utils import (
     InputError,
     atomic_writer,
@@ -128,7 +129,7 @@ def main():
     """Run the command line."""
     settings = parse_arguments()
     image = read_image(settings.image)
-    model = load_model(settings.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(settings.checkpoint, find_device())
     limits = settings.min_score, settings.max_overlap, settings.top_k
     objects = find_objects(image, model, *limits, settings.suppress)
     picture = annotate(image, objects, label_color_map(model.label_map))

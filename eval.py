@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from checkpoints import load_model
 from datasets import PascalVOCDataset, collate_fn
+from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision
 from utils import InputError, check_target, mean_average_precision, precision_recall_curves, run_command, write_json
 
 MIN_SCORE = 0.01  # probability; Caffe's confidence_threshold at test time (ssd_pascal.py)
@@ -29,7 +30,10 @@ def parse_arguments(arguments=None):
     parser.add_argument("--data-folder", required=True, help="folder with the lists of create_data_lists.py")
     parser.add_argument("--checkpoint", default="coco", help="of train.py or a known system [torchvision's coco]")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images, 0 for none")
+    parser.add_argument("--workers", type=int, default=count_cores(),
+                        help="processes that load images, 0 for none [the processor's cores, 16 at most]")  # fmt: skip
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="fp32",
+                        help="of the network's arithmetic; auto: bf16 on a GPU made for it [%(default)s]")  # fmt: skip
     parser.add_argument("--results", help="also write the results to this JSON file")
     settings = parser.parse_args(arguments)
     if settings.batch_size < 1 or settings.workers < 0:
@@ -40,23 +44,24 @@ def parse_arguments(arguments=None):
 
 
 @torch.inference_mode()
-def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, top_k=TOP_K):
+def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, top_k=TOP_K, precision="fp32"):
     """Detect objects in all test images and score them.
 
     :param test_loader: batches as collate_fn makes them, of a data set with difficult objects kept
     :param model: SSD300 with its label_map
     :param min_score, max_overlap, top_k: of `detect_objects`
+    :param precision: of the network's arithmetic, a key of PRECISIONS
     :return: dict of plain values: "mAP_11_point" and "mAP_area"; "AP_11_point" and "AP_area", by class name,
-        None where a class has no objects; "images", "network_seconds", "post_processing_seconds"
+        None where a class has no objects; "images", "network_seconds", "post_processing_seconds", "scoring_seconds"
     """
     model.eval()
     device = model.priors_cxcy.device
     truth, detections, n_images = ([], [], []), ([], [], []), 0
     seconds = {"network": 0.0, "post_processing": 0.0}
-    for images, *objects in tqdm(test_loader, "evaluating", unit="batch", disable=None):
-        images = images.to(device)
+    for images, *objects in batches_on(device, tqdm(test_loader, "evaluating", unit="batch", disable=None)):
         started = _now(device)
-        predictions = model(images)
+        with mixed_precision(precision, device):
+            predictions = model(images)
         predicted = _now(device)
         detected = model.detect_objects(*predictions, min_score, max_overlap, top_k)
         seconds["network"] += predicted - started
@@ -65,7 +70,9 @@ def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, t
         for collected, new in zip((*detections, *truth), (*detected, *objects), strict=True):
             collected.extend(tensor.cpu() for tensor in new)
 
+    started = time.perf_counter()
     curves = precision_recall_curves(*detections, *truth, label_map=model.label_map)
+    seconds["scoring"] = time.perf_counter() - started
     results = {"images": n_images, **{f"{part}_seconds": spent for part, spent in seconds.items()}}
     for key, method in (("11_point", "11-point"), ("area", "area")):
         average_precisions, mean = mean_average_precision(curves, method)
@@ -107,7 +114,8 @@ def main():
     """Run the command line."""
     settings = parse_arguments()
     dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
+    precision = choose_precision(settings.precision, device)
     model = load_model(settings.checkpoint, device, dataset.label_map)
     if model.label_map != dataset.label_map:
         raise InputError(
@@ -116,12 +124,12 @@ def main():
         )
     loader = DataLoader(
         dataset, batch_size=settings.batch_size, collate_fn=collate_fn, num_workers=settings.workers,
-        pin_memory=device == "cuda",
+        pin_memory=device.type == "cuda",
     )  # fmt: skip
-    results = evaluate(loader, model)
+    results = evaluate(loader, model, precision=precision)
     print_results(results)
     if settings.results:
-        source = {"checkpoint": settings.checkpoint, "data_folder": settings.data_folder}
+        source = {"checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "precision": precision}
         write_json({settings.results: {**source, **results}})
 
 

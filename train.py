@@ -31,6 +31,7 @@ from checkpoints import (
 )
 from create_data_lists import make_sample
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
+from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision
 from model import SSD300, MultiBoxLoss
 from utils import InputError, check_target, run_command
 
@@ -70,7 +71,8 @@ def make_parser():
     add("--overwrite", action="store_true", help="start anew where the output folder holds a checkpoint")
     add("--sample", action="store_true", help="make a small synthetic data set, if need be, and train on it")
     add("--no-augmentation", action="store_true", help="take the training images as they are: to overfit a few")
-    add("--workers", type=int, default=4, help="processes that load images, 0 for none [%(default)s]")
+    add("--workers", type=int, default=count_cores(),
+        help="processes that load images, 0 for none [the processor's cores, 16 at most]")  # fmt: skip
 
     # Paper §3 and §3.1; ssd_pascal.py, solver_param and batch_size.
     add = parser.add_argument_group("recipe (defaults: the paper's)").add_argument
@@ -85,6 +87,11 @@ def make_parser():
     add("--base", metavar="FILE", help="start from the paper's reduced VGG-16, vgg16_reducedfc.pth, instead")
     add("--init-from", metavar="SOURCE", help="start from a whole network: any checkpoint, or coco")
     add("--seed", type=int, default=0, help="of weights, order and augmentation [%(default)s]")
+
+    add = parser.add_argument_group("speed").add_argument
+    add("--precision", choices=["auto", *PRECISIONS], default="auto",
+        help="of the network's arithmetic; auto: bf16 on a GPU made for it, else fp32")  # fmt: skip
+    add("--compile", action="store_true", help="compile the network first, which takes a minute and a C++ compiler")
 
     # Not in the paper.
     add = parser.add_argument_group("safeguards (not in the paper)").add_argument
@@ -144,25 +151,29 @@ def make_optimizer(model, settings):
         ],
         lr=settings.lr,
         momentum=settings.momentum,
+        fused=True,
     )
 
 
 @torch.inference_mode()
-def validate(loader, model, criterion):
+def validate(loader, model, criterion, precision):
     """Return the loss over all of a loader's images as over one batch; the model trains again afterwards."""
     device = model.priors_cxcy.device
     model.eval()
     total, positives = torch.zeros(2, device=device)
-    for images, boxes, labels, _ in tqdm(loader, "validating", unit="batch", leave=False, disable=None):
-        confidence, localization, n_positives = criterion.parts(*model(images.to(device)), boxes, labels)
+    batches = tqdm(loader, "validating", unit="batch", leave=False, disable=None)
+    for images, boxes, labels, _ in batches_on(device, batches):
+        with mixed_precision(precision, device):
+            predictions = model(images)
+        confidence, localization, n_positives = criterion.parts(*predictions, boxes, labels)
         total += (confidence + criterion.alpha * localization) * n_positives
         positives += n_positives
     model.train()
     return (total / positives.clamp(min=1)).item()
 
 
-def describe_run(settings, model, device):
-    """Return the first record of a log: settings, versions, hardware, commit."""
+def describe_run(settings, model, precision):
+    """Return the first record of a log: settings, versions, hardware, the precision chosen, commit."""
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -176,7 +187,8 @@ def describe_run(settings, model, device):
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
         },
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "precision": precision,
         "git_commit": commit,
     }  # fmt: skip
 
@@ -188,7 +200,7 @@ def append_record(path, record):
 
 
 def build(settings, device):
-    """Return the data set, the model, its loss and its optimizer, and the iteration and best loss to go on from."""
+    """Return data set, model, loss, optimizer, gradient scaler, and the iteration and best loss to go on from."""
     dataset = PascalVOCDataset(
         settings.data_folder, "TRAIN", keep_difficult=True, augment=not settings.no_augmentation, seed=settings.seed
     )  # difficult objects are trained on: ssd_pascal.py, use_difficult_gt
@@ -220,15 +232,19 @@ def build(settings, device):
         if settings.base:
             load_base(model, settings.base)
     model.to(device).train()
+    if device.type == "cuda":  # on a CPU the backward pass is slower so
+        model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     if start:
-        load_optimizer(optimizer, checkpoint, settings.resume)
-    return dataset, model, MultiBoxLoss(model.priors_cxcy), optimizer, start, best_loss
+        load_optimizer(optimizer, scaler, checkpoint, settings.resume)
+    return dataset, model, MultiBoxLoss(model.priors_cxcy), optimizer, scaler, start, best_loss
 
 
 def train(settings):
     """Train from the settings' start to its end; write checkpoints and log into the output folder."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
+    precision = choose_precision(settings.precision, device)
     paths = {name: os.path.join(settings.output_folder, name) for name in ("checkpoint.pth", "best.pth", "log.jsonl")}
     taken = os.path.exists(paths["checkpoint.pth"]) and not (settings.resume or settings.overwrite)
     if taken and not (settings.sample and load_checkpoint(paths["checkpoint.pth"])["settings"].get("sample")):
@@ -236,9 +252,13 @@ def train(settings):
             f"{paths['checkpoint.pth']} is there already: go on from it with --resume {paths['checkpoint.pth']}, "
             "or give another --output-folder, or --overwrite"
         )
-    dataset, model, criterion, optimizer, start, best_loss = build(settings, device)
+    dataset, model, criterion, optimizer, scaler, start, best_loss = build(settings, device)
+    network = compile_network(model, settings.batch_size, precision) if settings.compile else model
     batches = TrainingSampler(len(dataset), settings.batch_size, settings.seed, settings.iterations, start)
-    options = {"collate_fn": collate_fn, "num_workers": settings.workers, "pin_memory": device.type == "cuda"}
+    options = {
+        "collate_fn": collate_fn, "pin_memory": device.type == "cuda", "num_workers": settings.workers,
+        "persistent_workers": settings.workers > 0, "prefetch_factor": 4 if settings.workers else None,
+    }  # fmt: skip
     train_loader = DataLoader(dataset, batch_sampler=batches, **options)
     if settings.validate_every:
         test_set = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
@@ -248,17 +268,18 @@ def train(settings):
     for name in () if settings.resume else ("log.jsonl", "best.pth"):  # an earlier run's
         if os.path.exists(paths[name]):
             os.remove(paths[name])
-    run = describe_run(settings, model, device)
+    run = describe_run(settings, model, precision)
     append_record(paths["log.jsonl"], run)
     print(json.dumps(run, indent=2))
     print(f"{len(dataset)} images, {settings.iterations * settings.batch_size / len(dataset):.1f} epochs")
 
     bar = tqdm(total=settings.iterations, initial=start, desc="training", unit="it", disable=None)
     interval = Interval()
-    for done, (images, boxes, labels, _) in enumerate(train_loader, start=start + 1):
+    for done, batch in enumerate(batches_on(device, train_loader), start=start + 1):
         interval.stop_waiting()
         rate = learning_rate(done - 1, settings)
-        interval.losses.append(train_step(model, criterion, optimizer, images, boxes, labels, rate, settings.grad_clip))
+        losses = train_step(network, criterion, optimizer, scaler, batch, rate, settings.grad_clip, precision)
+        interval.losses.append(losses)
         bar.update()
 
         # Look at the losses now and then: each look waits for the GPU. No checkpoint is written unseen.
@@ -276,14 +297,14 @@ def train(settings):
                 f"or --grad-clip"
             )
         if validate_now:
-            loss = validate(test_loader, model, criterion)
+            loss = validate(test_loader, model, criterion, precision)
             append_record(paths["log.jsonl"], {"event": "validation", "iteration": done, "loss": loss})
             bar.write(f"iteration {done}: validation loss {loss:.4f}")
             if loss < best_loss:
                 best_loss = loss
-                save_checkpoint(paths["best.pth"], model, optimizer, done, best_loss, vars(settings))
+                save_checkpoint(paths["best.pth"], model, optimizer, scaler, done, best_loss, vars(settings))
         if save_now:
-            save_checkpoint(paths["checkpoint.pth"], model, optimizer, done, best_loss, vars(settings))
+            save_checkpoint(paths["checkpoint.pth"], model, optimizer, scaler, done, best_loss, vars(settings))
         if look:
             interval = Interval()  # validation and saving count in none
         interval.start_waiting()
@@ -293,17 +314,35 @@ def train(settings):
     return paths["checkpoint.pth"]
 
 
-def train_step(model, criterion, optimizer, images, boxes, labels, rate, grad_clip):
+def compile_network(model, batch_size, precision):
+    """Return the model compiled for batches of this size, its weights shared; InputError where PyTorch cannot."""
+    network = torch.compile(model)
+    device = model.priors_cxcy.device
+    try:
+        with mixed_precision(precision, device):
+            sum(part.sum() for part in network(torch.zeros(batch_size, 3, 300, 300, device=device))).backward()
+    except RuntimeError as error:  # no compiler, most often
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); leave it out") from error
+    model.zero_grad()
+    return network
+
+
+def train_step(network, criterion, optimizer, scaler, batch, rate, grad_clip, precision):
     """Update the weights once; return confidence and localisation loss, (2,), left on the device."""
+    images, boxes, labels, _ = batch
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
-    images = images.to(model.priors_cxcy.device, non_blocking=True)
-    confidence, localization, _ = criterion.parts(*model(images), boxes, labels)
+    with mixed_precision(precision, images.device):
+        predictions = network(images)
+    confidence, localization, _ = criterion.parts(*predictions, boxes, labels)  # in fp32
     optimizer.zero_grad()
-    (confidence + criterion.alpha * localization).backward()
+    scaler.scale(confidence + criterion.alpha * localization).backward()
     if grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
     return torch.stack([confidence, localization]).detach()
 
 

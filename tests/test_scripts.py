@@ -274,15 +274,16 @@ BATCH = (
 )
 
 
-@pytest.mark.parametrize("grad_clip", [0, 0.5])
-def test_a_step_updates_weights_and_biases_as_by_hand(grad_clip):
+@pytest.mark.parametrize(("grad_clip", "scaled"), [(0, False), (0.5, False), (0.5, True)])
+def test_a_step_updates_weights_and_biases_as_by_hand(grad_clip, scaled):
     network, copy = Constant(), Constant()
     criterion = train.MultiBoxLoss(network.priors_cxcy)
     optimizer = torch.optim.SGD(
         [{"params": [network.locs], "lr_factor": 1.0, "weight_decay": 0.1},
          {"params": [network.bias], "lr_factor": 2.0, "weight_decay": 0.0}], lr=9, momentum=0.9,
     )  # fmt: skip
-    losses = train.train_step(network, criterion, optimizer, *BATCH, 0.01, grad_clip)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    losses = train.train_step(network, criterion, optimizer, scaler, (*BATCH, None), 0.01, grad_clip, "fp32")
     confidence, localization, _ = criterion.parts(*copy(BATCH[0]), *BATCH[1:])
     (confidence + localization).backward()
     norm = (copy.locs.grad.square().sum() + copy.bias.grad.square().sum()).sqrt()
@@ -306,7 +307,7 @@ def test_the_validation_loss_is_that_of_one_batch_whatever_the_batches():
     whole = (torch.zeros(4, 3, 8, 8), boxes, labels, None)
     parts = [(torch.zeros(n, 3, 8, 8), boxes[i : i + n], labels[i : i + n], None) for i, n in ((0, 2), (2, 1), (3, 1))]
     network.train()
-    losses = [train.validate(loader, network, criterion) for loader in ([whole], parts)]
+    losses = [train.validate(loader, network, criterion, "fp32") for loader in ([whole], parts)]
     assert network.training
     network.eval()
     assert losses == pytest.approx([criterion(*network(whole[0]), boxes, labels).item()] * 2, rel=1e-5)
@@ -333,7 +334,7 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
     seen = {}
     model = Oracle(dataset.label_map, (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
     monkeypatch.setattr(eval_script, "load_model", lambda *arguments: model)
-    monkeypatch.setattr(eval_script, "evaluate", lambda loader, model: seen.update(data=loader.dataset) or {
+    monkeypatch.setattr(eval_script, "evaluate", lambda loader, model, precision: seen.update(data=loader.dataset) or {
         "images": 1, "network_seconds": 0, "post_processing_seconds": 0, "AP_11_point": {"a": 1}, "AP_area": {"a": 1},
         "mAP_11_point": 1, "mAP_area": 1,
     })  # fmt: skip

@@ -1,0 +1,64 @@
+"""Where the work is done: the device, the precision of its arithmetic, and the way of batches to it.
+
+device = find_device()
+precision = choose_precision("auto", device)
+for images, boxes, labels, difficulties in batches_on(device, loader):
+    with mixed_precision(precision, device):
+        predicted_locs, predicted_scores = model(images)
+"""
+
+import os
+
+import torch
+
+from utils import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_device():
+    """Return the GPU where PyTorch sees one, and the CPU where not."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def count_cores(most=16):
+    """Return how many processor cores this process may use, `most` at most: as many workers keep a GPU busy."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, most)
+
+
+def choose_precision(name, device):
+    """Return the key of PRECISIONS to compute with, and have convolutions in fp32 keep all of its digits on a GPU.
+
+    :param name: a key of PRECISIONS, or "auto": bf16 where the device is a GPU made for it, else fp32
+    :raises InputError: for bf16 and fp16 on a CPU, which most emulate, a hundred times slower
+    """
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # PyTorch's default rounds to the 10 bits of TF32
+    if name == "auto":
+        is_made_for_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if is_made_for_it else "fp32"
+    if name != "fp32" and device.type == "cpu":
+        raise InputError(f"--precision {name}: needs a GPU; take auto or fp32")
+    return name
+
+
+def mixed_precision(precision, device):
+    """Return the context in which a network computes in a precision; its weights stay in fp32."""
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def batches_on(device, loader):
+    """Yield a loader's batches with the images on the device; the copy to a GPU overlaps the work before it.
+
+    For that the loader pins its memory (`pin_memory=True`).
+    """
+    if device.type != "cuda":
+        yield from loader
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for images, *objects in loader:
+        with torch.cuda.stream(copying):
+            images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        working.wait_stream(copying)
+        images.record_stream(working)  # its memory is not to be used again before the work is done
+        yield images, *objects

@@ -1,0 +1,160 @@
+"""Precision, compilation and what a GPU must not be made to wait for."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
+
+import train
+from devices import batches_on, choose_precision, count_cores, mixed_precision
+from model import SSD300, MultiBoxLoss
+from utils import InputError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and there is none")
+
+
+def test_a_cpu_computes_in_fp32_and_refuses_what_it_would_emulate():
+    assert choose_precision("auto", CPU) == choose_precision("fp32", CPU) == "fp32"
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    for name in ("bf16", "fp16"):
+        with pytest.raises(InputError, match=f"--precision {name}: needs a GPU"):
+            choose_precision(name, CPU)
+
+
+def test_auto_is_bf16_on_a_gpu_made_for_it_and_fp32_on_others(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert choose_precision("auto", CUDA) == ("bf16" if native else "fp32")
+    assert choose_precision("fp16", CUDA) == "fp16"
+
+
+def test_workers_are_as_many_as_cores_within_bounds():
+    assert 1 <= count_cores(most=3) <= 3
+
+
+def test_under_mixed_precision_the_l2_norm_and_the_loss_stay_in_fp32(random_objects):
+    """In bf16 convolutions, seen by replacing the network's slow ones: conv4_3 of 300 would square to 9e4."""
+    seen = {}
+
+    class Base(torch.nn.Module):
+        def forward(self, images):
+            seen["convolution"] = F.conv2d(images, torch.ones(1, 3, 1, 1)).dtype
+            return torch.full((len(images), 512, 38, 38), 300.0, dtype=torch.bfloat16), images
+
+    class Auxiliary(torch.nn.Module):
+        def forward(self, _):
+            return ()
+
+    class Heads(torch.nn.Module):
+        def forward(self, conv4_3, *_):
+            seen["conv4_3"] = conv4_3
+            return torch.zeros(2, 8732, 4, dtype=torch.bfloat16), torch.zeros(2, 8732, 21, dtype=torch.bfloat16)
+
+    model = SSD300(21, pretrained=False)
+    model.base, model.aux_convs, model.pred_convs = Base(), Auxiliary(), Heads()
+    with mixed_precision("bf16", CPU):
+        predictions = model(torch.zeros(2, 3, 4, 4))
+    assert seen["convolution"] == torch.bfloat16
+    assert seen["conv4_3"].dtype == torch.float32
+    assert torch.allclose(seen["conv4_3"], torch.tensor(20 / 512**0.5), rtol=1e-5)
+    boxes, labels = zip(*(random_objects(np.random.RandomState(i), 3) for i in range(2)), strict=True)
+    confidence, localization, n_positives = MultiBoxLoss(model.priors_cxcy).parts(*predictions, boxes, labels)
+    assert confidence.dtype == localization.dtype == torch.float32
+    assert confidence.item() == pytest.approx(4 * np.log(21), rel=1e-5)  # uniform, three negatives a positive
+    with mixed_precision("fp32", CPU):
+        model(torch.zeros(1, 3, 4, 4))
+    assert seen["convolution"] == torch.float32
+
+
+def test_the_loss_never_asks_a_gpu_for_a_value():
+    """Fake tensors have no values: whatever needs one to go on, and so would wait for the GPU, is an error."""
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        int(torch.zeros(1, device="cuda"))
+    with FakeTensorMode():
+        criterion = MultiBoxLoss(torch.zeros(8732, 4, device="cuda"))
+        locs, scores = (torch.zeros(3, 8732, n, device="cuda", requires_grad=True) for n in (4, 21))
+        boxes = [torch.zeros(n, 4) for n in (2, 0, 5)]
+        labels = [torch.zeros(n, dtype=torch.long) for n in (2, 0, 5)]
+        assert criterion(locs, scores, boxes, labels).device.type == "cuda"
+
+
+def test_batches_on_a_cpu_are_the_loader_s():
+    batches = [(torch.zeros(1), 1, 2, 3), (torch.ones(1), 4, 5, 6)]
+    assert list(batches_on(CPU, batches)) == batches
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs the C++ compiler g++, and there is none")
+def test_the_compiled_network_equals_the_eager_one():
+    torch.manual_seed(0)
+    model = SSD300(2, pretrained=False)
+    network = train.compile_network(model, 1, "fp32")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    images = torch.randn(1, 3, 300, 300)
+    with torch.no_grad():
+        for compiled, eager in zip(network(images), model(images), strict=True):
+            assert torch.allclose(compiled, eager, atol=1e-3)
+
+
+def test_a_network_that_cannot_be_compiled_ends_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    with pytest.raises(InputError, match=r"^--compile: PyTorch cannot compile the network here \(no compiler\)"):
+        train.compile_network(SSD300(2, pretrained=False), 1, "fp32")
+
+
+@needs_gpu
+def test_on_a_gpu_the_loss_waits_for_nothing(model, random_objects):
+    criterion = MultiBoxLoss(model.priors_cxcy.to(CUDA))
+    locs, scores = (torch.randn(4, 8732, n, device=CUDA, requires_grad=True) for n in (4, 21))
+    boxes, labels = zip(*(random_objects(np.random.RandomState(i), i) for i in range(4)), strict=True)
+    criterion(locs, scores, boxes, labels).backward()  # whatever is set up once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        criterion(locs, scores, boxes, labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize(("precision", "compiled"), [("bf16", False), ("fp16", False), ("bf16", True)])
+def test_on_a_gpu_a_fast_step_agrees_with_eager_fp32(precision, compiled, random_objects):
+    """Losses within 2%, gradients within 10% of their norm: bf16 has 8 bits, and 20 layers add up."""
+    boxes, labels = zip(*(random_objects(np.random.RandomState(i), 3) for i in range(4)), strict=True)
+    images = torch.randn(4, 3, 300, 300, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    results = []
+    for name, fast in (("fp32", False), (precision, True)):
+        choose_precision(name, CUDA)
+        torch.manual_seed(0)
+        model = SSD300(21, pretrained=False).to(CUDA)
+        network = model
+        if fast:
+            model.to(memory_format=torch.channels_last)
+            network = train.compile_network(model, 4, precision) if compiled else model
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], lr=0, fused=True)
+        scaler = torch.amp.GradScaler("cuda", enabled=name == "fp16", init_scale=64.0)
+        criterion = MultiBoxLoss(model.priors_cxcy)
+        losses = train.train_step(network, criterion, optimizer, scaler, (images, boxes, labels, None), 0, 0, name)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).float()
+        results.append((losses, gradient / scaler.get_scale()))
+    (losses, gradient), (fast_losses, fast_gradient) = results
+    assert torch.allclose(losses, fast_losses, rtol=0.02)
+    assert (gradient - fast_gradient).norm() < 0.1 * gradient.norm()
+
+
+@needs_gpu
+def test_batches_reach_the_gpu_whole():
+    loader = torch.utils.data.DataLoader(
+        [torch.full((3, 30, 30), float(i)) for i in range(32)], batch_size=4, pin_memory=True,
+        collate_fn=lambda images: (torch.stack(images), 1),
+    )  # fmt: skip
+    for number, (images, one) in enumerate(batches_on(CUDA, loader)):
+        assert one == 1
+        assert images.device.type == "cuda"
+        assert images.amax((1, 2, 3)).tolist() == images.amin((1, 2, 3)).tolist() == [4 * number + i for i in range(4)]
