@@ -513,8 +513,9 @@ def _sample_window(image, window, boxes, flip=False, rng=None):
 
     # Sample from exactly those pixels, so that the boxes fit to them.
     pixels = F.interpolate(pixels.permute(0, 3, 1, 2), size[::-1], mode="bilinear", antialias=True)[0, :3]
-    origin, factor = np.multiply(low, reduction), np.divide(size, np.subtract(high, low) * reduction)
-    boxes = (((boxes.reshape(-1, 2, 2) - origin) * factor + place) / IMAGE_SIZE).reshape(-1, 4)
+    scale = [size[axis] / (high[axis] - low[axis]) / reduction for axis in (0, 1)]
+    shift = [place[axis] - low[axis] * reduction * scale[axis] for axis in (0, 1)]
+    boxes = ((boxes.reshape(-1, 2, 2) * scale + shift) / IMAGE_SIZE).reshape(-1, 4)
     (x, y), (width, height) = place, size
     if flip:
         boxes, x = (
