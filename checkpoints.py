@@ -141,7 +141,7 @@ def load_model(source, device="cpu", label_map=None):
     a state dict of ssd.pytorch's or of torchvision's ssd300_vgg16, of whose 91 COCO classes VOC's 20 are taken.
 
     :param source: path of the file, or "coco" for torchvision's weights, fetched once
-    :param device: where the model is put, its weights with channels last, which detects faster
+    :param device: where the model is put
     :param label_map: class names for a file that holds none and has as many classes; with 21 classes it is VOC's,
         and without this parameter names are made up
     :raises InputError: naming the file, where it cannot be used
@@ -152,7 +152,7 @@ def load_model(source, device="cpu", label_map=None):
         contents = _read(source)
     if isinstance(contents, dict) and "format" in contents:
         _check(contents, (), source)
-        return _ready(make_model(contents, source), device)
+        return make_model(contents, source).to(device).eval()
     try:
         description = _describe(contents)
         n_classes = len(description["model"]["pred_convs.cl_conv4_3.bias"]) // 4
@@ -162,11 +162,7 @@ def load_model(source, device="cpu", label_map=None):
         label_map = voc_label_map
     elif label_map is None or len(label_map) != n_classes:
         label_map = make_label_map(f"class {number}" for number in range(1, n_classes))
-    return _ready(make_model({**description, "label_map": label_map}, source), device)
-
-
-def _ready(model, device):
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return make_model({**description, "label_map": label_map}, source).to(device).eval()
 
 
 def load_base(model, path):

@@ -129,7 +129,7 @@ def main():
     """Run the command line."""
     settings = parse_arguments()
     image = read_image(settings.image)
-    model = load_model(settings.checkpoint, find_device())
+    model = load_model(settings.checkpoint, find_device()).to(memory_format=torch.channels_last)
     limits = settings.min_score, settings.max_overlap, settings.top_k
     objects = find_objects(image, model, *limits, settings.suppress)
     picture = annotate(image, objects, label_color_map(model.label_map))

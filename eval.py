@@ -126,6 +126,7 @@ def main():
         dataset, batch_size=settings.batch_size, collate_fn=collate_fn, num_workers=settings.workers,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
+    model.to(memory_format=torch.channels_last)  # faster, on a CPU too
     results = evaluate(loader, model, precision=precision)
     print_results(results)
     if settings.results:

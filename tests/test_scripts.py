@@ -17,7 +17,7 @@ from datasets import PascalVOCDataset
 from detect import annotate, detect, find_objects
 from utils import InputError, label_color_map, make_label_map, transform
 
-MODULES = ("model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists")
+MODULES = ("model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists", "devices")
 QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5)
 
 
