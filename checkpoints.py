@@ -50,18 +50,18 @@ def save_weights(path, model):
     _save(path, model, {})
 
 
-def save_checkpoint(path, model, optimizer, scaler, iteration, best_loss, settings):
+def save_checkpoint(path, model, optimizer, scaler, progress, settings):
     """Write everything that training goes on from, whole or not at all.
 
     :param path: of the file, replaced if it is there
     :param model: SSD300 whose label_map is set
     :param optimizer, scaler: its optimizer and gradient scaler
-    :param iteration: number of updates made
-    :param best_loss: lowest validation loss so far
+    :param progress: dict of plain values: "iteration", the number of updates made, "best_loss", the lowest validation
+        loss so far, and more that the training goes on from
     :param settings: dict of plain values that describe the run
     """
-    training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "iteration": iteration}
-    _save(path, model, {**training, "best_loss": best_loss, "settings": settings})
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "settings": settings}
+    _save(path, model, {**state, **progress})
 
 
 def _save(path, model, training):

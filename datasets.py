@@ -71,22 +71,24 @@ class TrainingSampler(Sampler):
     :param seed: of the order
     :param stop: iteration before which to stop
     :param start: iteration to begin with
+    :param share: (rank, number) of the processes that divide each batch among them
     """
 
-    def __init__(self, n_images, batch_size, seed, stop, start=0):
+    def __init__(self, n_images, batch_size, seed, stop, start=0, share=(0, 1)):
         self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.share = start, stop, share
 
     def __len__(self):
         """Return the number of batches."""
         return max(0, self.stop - self.start)
 
     def __iter__(self):
-        """Yield the batches, lists of keys (epoch, index)."""
-        return map(self.batch, range(self.start, self.stop))
+        """Yield the batches, lists of keys (epoch, index), or this process' shares of them."""
+        rank, n_processes = self.share
+        return (self.batch(iteration)[rank::n_processes] for iteration in range(self.start, self.stop))
 
     def batch(self, iteration):
-        """Return the keys (epoch, index) of the batch of one iteration."""
+        """Return the keys (epoch, index) of the whole batch of one iteration."""
         first = iteration * self.batch_size
         places = [divmod(place, self.n_images) for place in range(first, first + self.batch_size)]
         orders = {epoch: self._order(epoch) for epoch, _ in places}

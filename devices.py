@@ -1,4 +1,4 @@
-"""Where the work is done: the device, the precision of its arithmetic, and the way of batches to it.
+"""Where the work is done: devices, the precision of their arithmetic, the way of batches to them, several processes.
 
 device = find_device()
 precision = choose_precision("auto", device)
@@ -7,9 +7,12 @@ for images, boxes, labels, difficulties in batches_on(device, loader):
         predicted_locs, predicted_scores = model(images)
 """
 
+import datetime
 import os
+import signal
 
 import torch
+from torch import distributed
 
 from utils import InputError
 
@@ -62,3 +65,68 @@ def batches_on(device, loader):
         working.wait_stream(copying)
         images.record_stream(working)  # its memory is not to be used again before the work is done
         yield images, *objects
+
+
+def join_processes():
+    """Join the other processes where torchrun started this one; return this one's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        return find_device()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # What lies on the CPU goes by gloo, which waits for no GPU. A process that is gone ends the others in time.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    return find_device()
+
+
+def leave_processes():
+    """Undo `join_processes`."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def n_processes():
+    """Return how many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    """Return the number of this process; 0 writes and prints."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def sum_over_processes(tensor):
+    """Add up a tensor over all processes in place, and return it."""
+    if n_processes() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+class Interruption:
+    """A context in which SIGTERM and SIGINT are wishes, for the work to heed; a second SIGINT ends it at once."""
+
+    def __init__(self):
+        self.wished = False
+
+    def __enter__(self):
+        self.earlier = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        if number == signal.SIGINT and self.wished:
+            raise KeyboardInterrupt
+        self.wished = True
+
+    def agreed(self):
+        """Tell whether any process was interrupted: the same answer in all of them, which must ask together."""
+        return bool(sum_over_processes(torch.tensor(int(self.wished))))
+
+
+def restore_signals(_worker=None):
+    """Let a process that loads images end with its parent, not by Ctrl-C before it; a worker_init_fn of DataLoader."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

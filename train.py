@@ -3,20 +3,19 @@
 python train.py --sample
 python train.py --data-folder data/voc --output-folder runs/voc --workers 8
 python train.py --resume runs/voc/checkpoint.pth
+torchrun --nproc-per-node=8 train.py --data-folder data/voc --output-folder runs/voc
 """
 
 import argparse
-import datetime
+import itertools
 import json
 import os
-import platform
 import shlex
-import subprocess
 import time
 
 import torch
-import torchvision
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from checkpoints import (
@@ -25,14 +24,27 @@ from checkpoints import (
     load_model,
     load_optimizer,
     make_model,
-    save_checkpoint,
     save_weights,
     transfer,
 )
 from create_data_lists import make_sample
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
-from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision
+from devices import (
+    PRECISIONS,
+    Interruption,
+    batches_on,
+    choose_precision,
+    count_cores,
+    join_processes,
+    leave_processes,
+    mixed_precision,
+    n_processes,
+    rank,
+    restore_signals,
+    sum_over_processes,
+)
 from model import SSD300, MultiBoxLoss
+from runs import Interval, Run, describe_run, fingerprint, show, train_step, validate
 from utils import InputError, check_target, run_command
 
 # What --sample changes. On a CPU just enough to see the loss fall within minutes, on a GPU to detect well.
@@ -95,7 +107,7 @@ def make_parser():
 
     # Not in the paper.
     add = parser.add_argument_group("safeguards (not in the paper)").add_argument
-    add("--warmup", type=int, default=0, metavar="N", help="iterations of linear rise to the rate [%(default)s]")
+    add("--warmup", type=int, default=500, metavar="N", help="iterations of linear rise to the rate [%(default)s]")
     add("--grad-clip", type=float, default=0.0, metavar="NORM", help="limit of the gradient's norm, 0: none")
 
     add = parser.add_argument_group("keeping track").add_argument
@@ -104,6 +116,8 @@ def make_parser():
         help="iterations between losses over the test split, by which best.pth goes; 0: never")  # fmt: skip
     add("--log-every", type=int, default=20, metavar="N", help="iterations per record in log.jsonl [%(default)s]")
     add("--resume", metavar="FILE", help="go on from this checkpoint, with its settings")
+    add("--dry-run", action="store_true",
+        help="make two steps, validate one batch, print speed, memory and duration, write nothing")  # fmt: skip
     add("--weights-only", metavar="FILE", help="at the end also write the network alone, a small file to share")
     return parser
 
@@ -155,70 +169,18 @@ def make_optimizer(model, settings):
     )
 
 
-@torch.inference_mode()
-def validate(loader, model, criterion, precision):
-    """Return the loss over all of a loader's images as over one batch; the model trains again afterwards."""
-    device = model.priors_cxcy.device
-    model.eval()
-    total, positives = torch.zeros(2, device=device)
-    batches = tqdm(loader, "validating", unit="batch", leave=False, disable=None)
-    for images, boxes, labels, _ in batches_on(device, batches):
-        with mixed_precision(precision, device):
-            predictions = model(images)
-        confidence, localization, n_positives = criterion.parts(*predictions, boxes, labels)
-        total += (confidence + criterion.alpha * localization) * n_positives
-        positives += n_positives
-    model.train()
-    return (total / positives.clamp(min=1)).item()
-
-
-def describe_run(settings, model, precision):
-    """Return the first record of a log: settings, versions, hardware, the precision chosen, commit."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        commit = None
-    return {
-        "event": "start",
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": vars(settings),
-        "classes": list(model.label_map),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
-        },
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
-        "precision": precision,
-        "git_commit": commit,
-    }  # fmt: skip
-
-
-def append_record(path, record):
-    """Append one record to a log of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def build(settings, device):
-    """Return data set, model, loss, optimizer, gradient scaler, and the iteration and best loss to go on from."""
+def build(settings, device, precision="fp32"):
+    """Return the Run that settings describe, to be begun or to be gone on with."""
     dataset = PascalVOCDataset(
         settings.data_folder, "TRAIN", keep_difficult=True, augment=not settings.no_augmentation, seed=settings.seed
     )  # difficult objects are trained on: ssd_pascal.py, use_difficult_gt
-    start, best_loss = 0, float("inf")
+    progress = {}
     torch.manual_seed(settings.seed)
     if settings.resume:
         checkpoint = load_checkpoint(settings.resume)
-        if checkpoint["label_map"] != dataset.label_map:
-            raise InputError(
-                f"{settings.resume}: its classes ({', '.join(checkpoint['label_map'])}) are not those of "
-                f"{settings.data_folder} ({', '.join(dataset.label_map)}); resume on the same data"
-            )
-        for name in ("batch_size", "seed"):
-            if checkpoint["settings"].get(name) != getattr(settings, name):
-                raise InputError(f"{settings.resume}: trained with another --{name.replace('_', '-')}; leave it out")
-        start, best_loss = checkpoint["iteration"], checkpoint["best_loss"]
-        if start >= settings.iterations and not settings.weights_only:
-            raise InputError(f"{settings.resume}: has its {start} iterations; give more with --iterations")
+        compare_with(checkpoint, settings, dataset)
+        names = ("iteration", "best_loss", "pending", "validation_due")
+        progress = {name: checkpoint[name] for name in names if name in checkpoint}
         model = make_model(checkpoint, settings.resume)
     elif settings.init_from:
         source = load_model(settings.init_from, label_map=dataset.label_map)
@@ -235,83 +197,152 @@ def build(settings, device):
     if device.type == "cuda":  # on a CPU the backward pass is slower so
         model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-    if start:
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if settings.resume:
         load_optimizer(optimizer, scaler, checkpoint, settings.resume)
-    return dataset, model, MultiBoxLoss(model.priors_cxcy), optimizer, scaler, start, best_loss
+    return Run(settings, dataset, model, MultiBoxLoss(model.priors_cxcy), optimizer, scaler, precision, **progress)
+
+
+def compare_with(checkpoint, settings, dataset):
+    """Name the settings that differ from a checkpoint's; InputError for those that make it another run."""
+    if checkpoint["label_map"] != dataset.label_map:
+        raise InputError(
+            f"{settings.resume}: its classes ({', '.join(checkpoint['label_map'])}) are not those of "
+            f"{settings.data_folder} ({', '.join(dataset.label_map)}); resume on the same data"
+        )
+    if checkpoint.get("data") not in (None, fingerprint(dataset)):
+        raise InputError(f"{settings.resume}: trained on other images than {settings.data_folder} has; resume on those")
+    for name, value in vars(settings).items():
+        earlier = checkpoint["settings"].get(name)
+        option = f"--{name.replace('_', '-')}"
+        if name in ("batch_size", "seed") and earlier != value:
+            raise InputError(f"{settings.resume}: trained with another {option}, {earlier}; leave it out")
+        if name not in ("resume", "weights_only", "dry_run", "overwrite") and earlier != value and rank() == 0:
+            print(f"{option} is {value}, and was {earlier}")
+    done = checkpoint["iteration"]
+    if done >= settings.iterations and not (settings.weights_only or checkpoint.get("validation_due")):
+        raise InputError(f"{settings.resume}: has its {done} iterations; give more with --iterations")
 
 
 def train(settings):
-    """Train from the settings' start to its end; write checkpoints and log into the output folder."""
-    device = find_device()
+    """Train from the settings' start to its end, or until interrupted; return the Run, which tells how far it came."""
+    device = join_processes()
     precision = choose_precision(settings.precision, device)
-    paths = {name: os.path.join(settings.output_folder, name) for name in ("checkpoint.pth", "best.pth", "log.jsonl")}
-    taken = os.path.exists(paths["checkpoint.pth"]) and not (settings.resume or settings.overwrite)
-    if taken and not (settings.sample and load_checkpoint(paths["checkpoint.pth"])["settings"].get("sample")):
+    if settings.batch_size < n_processes():
+        raise InputError(f"--batch-size {settings.batch_size}: too small for {n_processes()} processes; give more")
+    checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
+    taken = os.path.exists(checkpoint) and not (settings.resume or settings.overwrite or settings.dry_run)
+    if taken and not (settings.sample and load_checkpoint(checkpoint)["settings"].get("sample")):
         raise InputError(
-            f"{paths['checkpoint.pth']} is there already: go on from it with --resume {paths['checkpoint.pth']}, "
+            f"{checkpoint} is there already: go on from it with --resume {checkpoint}, "
             "or give another --output-folder, or --overwrite"
         )
-    dataset, model, criterion, optimizer, scaler, start, best_loss = build(settings, device)
-    network = compile_network(model, settings.batch_size, precision) if settings.compile else model
-    batches = TrainingSampler(len(dataset), settings.batch_size, settings.seed, settings.iterations, start)
+    run = build(settings, device, precision)
+    network = compile_network(run.model, settings.batch_size, precision) if settings.compile else run.model
+    if n_processes() > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    # Each process takes its share of every batch, and of the images to validate on.
+    batches = TrainingSampler(
+        len(run.dataset),
+        settings.batch_size,
+        settings.seed,
+        settings.iterations,
+        run.iteration,
+        (rank(), n_processes()),
+    )
     options = {
         "collate_fn": collate_fn, "pin_memory": device.type == "cuda", "num_workers": settings.workers,
         "persistent_workers": settings.workers > 0, "prefetch_factor": 4 if settings.workers else None,
+        "worker_init_fn": restore_signals,
     }  # fmt: skip
-    train_loader = DataLoader(dataset, batch_sampler=batches, **options)
+    train_loader = DataLoader(run.dataset, batch_sampler=batches, **options)
+    test_loader = None
     if settings.validate_every:
         test_set = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
-        test_loader = DataLoader(test_set, batch_size=settings.batch_size, **options)
+        test_set = Subset(test_set, range(rank(), len(test_set), n_processes()))
+        test_loader = DataLoader(test_set, batch_size=-(-settings.batch_size // n_processes()), **options)
+    if settings.dry_run:
+        dry_run(run, network, train_loader, test_loader)
+        return run
 
-    os.makedirs(settings.output_folder, exist_ok=True)
-    for name in () if settings.resume else ("log.jsonl", "best.pth"):  # an earlier run's
-        if os.path.exists(paths[name]):
-            os.remove(paths[name])
-    run = describe_run(settings, model, precision)
-    append_record(paths["log.jsonl"], run)
-    print(json.dumps(run, indent=2))
-    print(f"{len(dataset)} images, {settings.iterations * settings.batch_size / len(dataset):.1f} epochs")
+    if rank() == 0:
+        os.makedirs(settings.output_folder, exist_ok=True)
+        if not settings.resume and os.path.exists(run.path("best.pth")):  # an earlier run's
+            os.remove(run.path("best.pth"))
+        description = describe_run(settings, run.model, precision)
+        run.prepare_log(description)
+        print(json.dumps(description, indent=2))
+        n_epochs = settings.iterations * settings.batch_size / len(run.dataset)
+        print(f"{len(run.dataset)} images, {n_epochs:.1f} epochs", flush=True)
+    with Interruption() as interruption:
+        if run.validation_due and test_loader:
+            run.validate(test_loader, interruption)
+            run.save("checkpoint.pth", must=True)
+        iterate(run, network, train_loader, test_loader, interruption)
+    return run
 
-    bar = tqdm(total=settings.iterations, initial=start, desc="training", unit="it", disable=None)
-    interval = Interval()
-    for done, batch in enumerate(batches_on(device, train_loader), start=start + 1):
+
+def iterate(run, network, train_loader, test_loader, interruption):
+    """Make the iterations that are left."""
+    settings, batches, losses = run.settings, train_loader.batch_sampler, []
+    bar = tqdm(total=settings.iterations, initial=run.iteration, desc="training", unit="it", disable=rank() > 0 or None)
+    interval = Interval(run.iteration)
+    for batch in batches_on(run.model.priors_cxcy.device, train_loader):
         interval.stop_waiting()
-        rate = learning_rate(done - 1, settings)
-        losses = train_step(network, criterion, optimizer, scaler, batch, rate, settings.grad_clip, precision)
-        interval.losses.append(losses)
+        rate = learning_rate(run.iteration, settings)
+        losses.append(train_step(run, network, batch, rate))
+        run.iteration += 1
         bar.update()
 
         # Look at the losses now and then: each look waits for the GPU. No checkpoint is written unseen.
-        last = done == settings.iterations
-        validate_now = settings.validate_every and (last or done % settings.validate_every == 0)
-        save_now = last or done % settings.checkpoint_every == 0
-        look = validate_now or save_now or done % settings.log_every == 0
-        if look:
-            record = interval.record(done, rate, batches, dataset, criterion.alpha)
-            append_record(paths["log.jsonl"], record)
-            show(bar, record)
-        if (validate_now or save_now) and not all(weight.isfinite().all() for weight in model.parameters()):
-            raise InputError(
-                f"iteration {done}: the weights are not finite; the last checkpoint stays; lower --lr, use --warmup "
-                f"or --grad-clip"
-            )
+        last = run.iteration == settings.iterations
+        log_now, validate_now, save_now = (
+            every and (last or run.iteration % every == 0)
+            for every in (settings.log_every, settings.validate_every, settings.checkpoint_every)
+        )
+        stop = interruption.agreed()
+        if log_now or validate_now or save_now or stop:
+            run.check(losses, batches)
+            losses.clear()
+        if log_now:
+            record = interval.record(run, rate, batches.batch_size)
+            run.append(record)
+            if rank() == 0:
+                show(bar, record)
+            if run.iteration % settings.log_every == 0:
+                run.pending.clear()
         if validate_now:
-            loss = validate(test_loader, model, criterion, precision)
-            append_record(paths["log.jsonl"], {"event": "validation", "iteration": done, "loss": loss})
-            bar.write(f"iteration {done}: validation loss {loss:.4f}")
-            if loss < best_loss:
-                best_loss = loss
-                save_checkpoint(paths["best.pth"], model, optimizer, scaler, done, best_loss, vars(settings))
-        if save_now:
-            save_checkpoint(paths["checkpoint.pth"], model, optimizer, scaler, done, best_loss, vars(settings))
-        if look:
-            interval = Interval()  # validation and saving count in none
+            run.validate(test_loader, interruption)
+            stop = interruption.agreed()
+        if save_now or stop:
+            run.save("checkpoint.pth", must=last or stop)
+        if log_now:
+            interval = Interval(run.iteration)  # validation and saving count in none
+        if stop:
+            break
         interval.start_waiting()
     bar.close()
-    if settings.weights_only:
-        save_weights(settings.weights_only, model)
-    return paths["checkpoint.pth"]
+
+
+def dry_run(run, network, train_loader, test_loader):
+    """Make two steps, the second of them timed, and validate one batch; print what a training would take."""
+    settings, device = run.settings, run.model.priors_cxcy.device
+    started = time.perf_counter()
+    for batch in itertools.islice(batches_on(device, train_loader), 2):
+        started, before = time.perf_counter(), started
+        losses = train_step(run, network, batch, learning_rate(0, settings)).tolist()
+        seconds = time.perf_counter() - started
+        print(f"step in {seconds:.2f} s, after {started - before:.2f} s for its images; loss {sum(losses[:2]):.3f}")
+    if test_loader:
+        loss = validate(list(itertools.islice(test_loader, 1)), run.model, run.criterion, run.precision)
+        print(f"validation loss of a batch: {loss:.3f}")
+    if device.type == "cuda":
+        print(f"memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
+    hours = (settings.iterations - run.iteration) * seconds / 3600
+    n_epochs = settings.iterations * settings.batch_size / len(run.dataset)
+    print(f"{settings.batch_size / seconds:.1f} images/s; {settings.iterations} iterations are {n_epochs:.1f} epochs "
+          f"and take about {hours:.1f} hours at that speed; nothing was written")  # fmt: skip
 
 
 def compile_network(model, batch_size, precision):
@@ -328,81 +359,30 @@ def compile_network(model, batch_size, precision):
     return network
 
 
-def train_step(network, criterion, optimizer, scaler, batch, rate, grad_clip, precision):
-    """Update the weights once; return confidence and localisation loss, (2,), left on the device."""
-    images, boxes, labels, _ = batch
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_factor"]
-    with mixed_precision(precision, images.device):
-        predictions = network(images)
-    confidence, localization, _ = criterion.parts(*predictions, boxes, labels)  # in fp32
-    optimizer.zero_grad()
-    scaler.scale(confidence + criterion.alpha * localization).backward()
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    return torch.stack([confidence, localization]).detach()
-
-
-class Interval:
-    """The losses and times of the iterations since the last record."""
-
-    def __init__(self):
-        self.losses, self.waited = [], 0.0
-        self.started = self.asked = time.perf_counter()
-
-    def start_waiting(self):
-        """Note that a batch is asked for."""
-        self.asked = time.perf_counter()
-
-    def stop_waiting(self):
-        """Note that it is there."""
-        self.waited += time.perf_counter() - self.asked
-
-    def record(self, iteration, rate, batches, dataset, alpha):
-        """Return the log's record up to an iteration.
-
-        :raises InputError: naming the iteration and the images of the first loss that is not finite
-        """
-        losses = torch.stack(self.losses).cpu()  # waits for the GPU, so that the time is that of the work
-        elapsed = time.perf_counter() - self.started
-        for index in (~losses.isfinite().all(dim=1)).nonzero().flatten()[:1].tolist():
-            broken = iteration - len(losses) + index
-            images = ", ".join(dataset.images[image] for _, image in batches.batch(broken))
-            raise InputError(
-                f"iteration {broken + 1}: the loss is not finite (confidence {losses[index, 0]:.4g}, localization "
-                f"{losses[index, 1]:.4g}); the last checkpoint stays; lower --lr, use --warmup or --grad-clip, or "
-                f"look at these images: {images}"
-            )
-        confidence, localization = losses.mean(dim=0).tolist()
-        return {
-            "event": "train", "iteration": iteration, "loss": confidence + alpha * localization,
-            "confidence_loss": confidence, "localization_loss": localization, "lr": rate,
-            "images_per_second": len(losses) * batches.batch_size / elapsed, "data_wait": self.waited / elapsed,
-        }  # fmt: skip
-
-
-def show(bar, record):
-    """Show a record on the progress bar; print it where there is no bar, as in a file."""
-    parts = {
-        "loss": f"{record['loss']:.3f}", "conf": f"{record['confidence_loss']:.3f}",
-        "loc": f"{record['localization_loss']:.3f}", "lr": f"{record['lr']:.1e}",
-        "img/s": f"{record['images_per_second']:.1f}", "waiting": f"{record['data_wait']:.0%}",
-    }  # fmt: skip
-    bar.set_postfix(parts)
-    if bar.disable:
-        print(f"iteration {record['iteration']}: " + ", ".join(f"{k} {v}" for k, v in parts.items()), flush=True)
-
-
 def main():
     """Run the command line."""
     settings = parse_settings()
-    if settings.sample and not os.path.exists(os.path.join(settings.data_folder, "label_map.json")):
-        make_sample(settings.data_folder)
-    image = PascalVOCDataset(settings.data_folder, "TEST").images[0]
-    checkpoint = train(settings)
+    join_processes()
+    try:
+        if settings.sample and rank() == 0 and not os.path.exists(os.path.join(settings.data_folder, "label_map.json")):
+            make_sample(settings.data_folder)
+        sum_over_processes(torch.zeros(1))  # wait for it
+        run = train(settings)
+        is_first = rank() == 0
+    finally:
+        leave_processes()
+    if is_first and not settings.dry_run:
+        say_what_is_next(run)
+
+
+def say_what_is_next(run):
+    """Export the weights where asked to, and print the commands that go on from a run."""
+    settings, checkpoint = run.settings, run.path("checkpoint.pth")
+    if not run.finished:
+        print(f"interrupted, and saved; go on with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
+        return
+    if settings.weights_only:
+        save_weights(settings.weights_only, run.model)
     if settings.sample and not torch.cuda.is_available():
         n = SAMPLE_ON_GPU["iterations"]
         print(
@@ -410,6 +390,7 @@ def main():
         )
     print(f"trained: {checkpoint}; next:")
     print(shlex.join(["python", "eval.py", "--data-folder", settings.data_folder, "--checkpoint", checkpoint]))
+    image = PascalVOCDataset(settings.data_folder, "TEST").images[0]
     image = min(image, os.path.relpath(image), key=len)
     print(shlex.join(["python", "detect.py", image, "--checkpoint", checkpoint]))
 

@@ -22,6 +22,14 @@ from tqdm import tqdm
 class InputError(Exception):
     """Bad input from outside (a file, a setting): one line that names it and says what to do."""
 
+    status = 2  # of the script that it ends
+
+
+class DivergenceError(InputError):
+    """A training whose loss, gradient or weights are no longer finite."""
+
+    status = 3
+
 
 def run_command(main):
     """Run a script's `main`; bad input ends in one line on standard error and exit status 2."""
@@ -29,7 +37,7 @@ def run_command(main):
         main()
     except (InputError, OSError) as error:
         # A DataLoader worker's error arrives wrapped in its traceback; our own line is the last.
-        sys.exit(_complain(str(error).rsplit("InputError: ", 1)[-1].strip(), status=2))
+        sys.exit(_complain(str(error).rsplit("InputError: ", 1)[-1].strip(), getattr(error, "status", 2)))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", status=130))
 

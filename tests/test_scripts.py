@@ -283,7 +283,7 @@ def test_a_step_updates_weights_and_biases_as_by_hand(grad_clip, scaled):
          {"params": [network.bias], "lr_factor": 2.0, "weight_decay": 0.0}], lr=9, momentum=0.9,
     )  # fmt: skip
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    losses = train.train_step(network, criterion, optimizer, scaler, (*BATCH, None), 0.01, grad_clip, "fp32")
+    losses = X
     confidence, localization, _ = criterion.parts(*copy(BATCH[0]), *BATCH[1:])
     (confidence + localization).backward()
     norm = (copy.locs.grad.square().sum() + copy.bias.grad.square().sum()).sqrt()

@@ -1,0 +1,276 @@
+"""Training that is interrupted, killed, short of disk space, or spread over processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import runs
+import train
+from checkpoints import load_checkpoint
+from datasets import PascalVOCDataset, TrainingSampler, collate_fn
+from devices import Interruption
+
+TRAIN = str(Path(train.__file__))
+RECIPE = ("--no-pretrained", "--batch-size", 2, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
+          "--iterations", 5, "--checkpoint-every", 1, "--validate-every", 5)  # fmt: skip
+
+
+def start(*arguments, launcher=(), **options):
+    command = [sys.executable, *launcher, TRAIN, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(process, status=0):
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == status, printed
+    return printed
+
+
+def losses_logged(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    keys = "event", "iteration", "loss", "confidence_loss", "localization_loss", "gradient_norm", "lr"
+    return [{key: record.get(key) for key in keys} for record in records if record["event"] != "start"]
+
+
+def assert_same_runs(folder, other):
+    ours, theirs = (load_checkpoint(path / "checkpoint.pth") for path in (folder, other))
+    assert [ours[name] for name in ("iteration", "best_loss", "pending")] == [
+        theirs[name] for name in ("iteration", "best_loss", "pending")
+    ]
+    for name, value in ours["model"].items():
+        assert torch.equal(value, theirs["model"][name]), name
+    for key, state in ours["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], theirs["optimizer"]["state"][key]["momentum_buffer"])
+    assert losses_logged(folder) == losses_logged(other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sample, tmp_path_factory):
+    """Folder of a run of five iterations that nothing happened to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    finish(start("--data-folder", sample, "--output-folder", folder, *RECIPE))
+    return folder
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def train_with_kills(sample, folder, rng, mean_seconds):
+    """Train, killed at random moments and resumed, until done; return the number of kills."""
+    kills = 0
+    while True:
+        begun = (folder / "checkpoint.pth").exists()
+        if begun:  # readable at any time
+            load_checkpoint(folder / "checkpoint.pth")
+        arguments = ("--resume", folder / "checkpoint.pth") if begun else ("--data-folder", sample, *RECIPE)
+        process = start(*arguments, "--output-folder", folder)
+        try:
+            process.communicate(timeout=4 + rng.expovariate(1 / mean_seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        return kills
+
+
+def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sample, uninterrupted, tmp_path):
+    assert train_with_kills(sample, tmp_path, random.Random(1), 5) > 0
+    assert_same_runs(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, uninterrupted, tmp_path):
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--checkpoint-every", 100)
+    process = start(*arguments)
+    wait_for((tmp_path / "log.jsonl").exists, process)
+    time.sleep(2)
+    process.send_signal(number)
+    printed = finish(process)
+    checkpoint = tmp_path / "checkpoint.pth"
+    assert f"python train.py --resume {checkpoint}" in printed
+    assert 0 < load_checkpoint(checkpoint)["iteration"] < 5
+    assert "Traceback" not in printed
+    finish(start("--resume", checkpoint))
+    assert_same_runs(tmp_path, uninterrupted)
+
+
+def test_a_second_interrupt_ends_at_once():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.agreed()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def run(sample, tmp_path):
+    """A Run of a batch of two that has made no update, in this process."""
+    arguments = ["--data-folder", sample, "--output-folder", tmp_path, *RECIPE]
+    return train.build(train.parse_settings([*map(str, arguments)]), torch.device("cpu"))
+
+
+def test_a_validation_that_is_interrupted_is_made_up_for(run, tmp_path):
+    test_set = PascalVOCDataset(run.settings.data_folder, "TEST")
+    loader = torch.utils.data.DataLoader(test_set, collate_fn=collate_fn)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.validate(loader, interruption)
+        assert run.validation_due
+        assert not run.finished
+        run.save("checkpoint.pth")
+    assert not (tmp_path / "best.pth").exists()
+    arguments = ["--resume", str(tmp_path / "checkpoint.pth")]
+    resumed = train.build(train.parse_settings(arguments), torch.device("cpu"))
+    assert resumed.validation_due
+    resumed.validate(loader, Interruption())
+    assert not resumed.validation_due
+    assert load_checkpoint(tmp_path / "best.pth")["best_loss"] == resumed.best_loss < float("inf")
+
+
+def test_a_disk_that_takes_no_checkpoint_leaves_the_old_one_and_is_an_error_only_at_the_end(run, tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setattr(runs, "warn", printed.append)
+    run.save("checkpoint.pth")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    for error in (OSError(28, "No space left on device"), RuntimeError("writing file failed")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(torch, "save", fail)
+        run.iteration = 7
+        run.save("checkpoint.pth")
+        assert f"{tmp_path / 'checkpoint.pth'}: iteration 7 cannot be saved" in printed[-1]
+        with pytest.raises(train.InputError, match="make room, then go on with --resume"):
+            run.save("checkpoint.pth", must=True)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+    (tmp_path / "log.jsonl").mkdir()
+    run.append({"event": "train"})
+    assert "log.jsonl: cannot be written" in printed[-1]
+
+
+def test_a_gradient_that_is_not_finite_names_the_images_and_has_a_status_of_its_own(run):
+    batches = TrainingSampler(len(run.dataset), 2, seed=3, stop=5)
+    run.iteration = 2
+    run.check([torch.ones(3), torch.ones(3)], batches)
+    assert run.pending == [[1, 1, 1]] * 2
+    with pytest.raises(runs.DivergenceError) as caught:
+        run.check([torch.ones(3), torch.tensor([1.0, 2.0, torch.inf])], batches)
+    assert caught.value.status == 3
+    assert str(caught.value).startswith("iteration 2: the loss or its gradient is not finite (confidence 1, local")
+    for _, index in batches.batch(1):
+        assert run.dataset.images[index] in str(caught.value)
+    run.scaler = torch.amp.GradScaler("cpu")  # as with fp16, which skips such an update
+    run.pending.clear()
+    run.check([torch.ones(3), torch.tensor([1.0, 2.0, torch.inf])], batches)
+    record = runs.Interval(0).record(run, 0.1, 2)
+    assert record["skipped_updates"] == 1
+    assert record["loss"] == 2
+    with torch.no_grad():
+        run.model.rescale_factors[0, 0] = torch.nan
+    with pytest.raises(runs.DivergenceError, match="weights are not finite"):
+        run.check([torch.ones(3)], batches)
+
+
+def test_resuming_on_other_data_is_refused_and_changed_settings_are_named(run, sample, tmp_path, capsys):
+    run.save("checkpoint.pth")
+    resume = ["--resume", str(tmp_path / "checkpoint.pth")]
+    train.build(train.parse_settings([*resume, "--lr", "0.5", "--iterations", "9"]), torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert "--lr is 0.5, and was 0.001" in printed
+    assert "--iterations is 9, and was 5" in printed
+    assert "--seed" not in printed
+    other = tmp_path / "other"
+    shutil.copytree(sample, other)
+    objects = json.loads((other / "TRAIN_objects.json").read_text())
+    objects[0] = {"boxes": [[1, 1, 50, 50]], "labels": [1], "difficulties": [0]}
+    (other / "TRAIN_objects.json").write_text(json.dumps(objects))
+    with pytest.raises(train.InputError, match="trained on other images"):
+        train.build(train.parse_settings([*resume, "--data-folder", str(other)]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_batches_do_not_depend_on_the_workers(sample, workers):
+    def batches(n_workers):
+        dataset = PascalVOCDataset(sample, "TRAIN", seed=5)
+        sampler = TrainingSampler(len(dataset), 4, seed=5, stop=5)
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=n_workers
+        )
+        return list(loader)
+
+    for ours, theirs in zip(batches(0), batches(workers), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        for part, other in zip(ours[1:], theirs[1:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))
+
+
+def test_two_processes_make_the_updates_of_one(sample, tmp_path):
+    """Three steps from uneven shares: images with many objects, with few, and a process whose images have none."""
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    order = TrainingSampler(6, 4, seed=3, stop=1).batch(0)
+    objects = [{"boxes": [], "labels": [], "difficulties": []} for _ in range(6)]
+    for place, n in ((0, 3), (2, 1)):  # of the first batch, process 0 gets these, process 1 the places 1 and 3
+        boxes = [[20 * i + 5, 10, 20 * i + 60, 90] for i in range(n)]
+        objects[order[place][1]] = {"boxes": boxes, "labels": [1] * n, "difficulties": [0] * n}
+    (data / "TRAIN_objects.json").write_text(json.dumps(objects))
+    arguments = ("--data-folder", data, *RECIPE, "--batch-size", 4, "--iterations", 3, "--workers", 0)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = finish(
+        start(*arguments, "--output-folder", tmp_path / "two", launcher=map(str, launcher), env=environment)
+    )
+    assert printed.count("trained: ") == 1
+    finish(start(*arguments, "--output-folder", tmp_path / "one"))
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
+    for name, value in one["model"].items():
+        assert (value - two["model"][name]).abs().max() <= 1e-5 * value.abs().max(), name
+    assert two["best_loss"] == pytest.approx(one["best_loss"], rel=1e-5)
+    for ours, theirs in zip(losses_logged(tmp_path / "one"), losses_logged(tmp_path / "two"), strict=True):
+        assert ours == {key: pytest.approx(value, rel=1e-4) for key, value in theirs.items()}
+
+
+def test_a_process_that_fails_ends_the_others(sample, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    images = json.loads((data / "TRAIN_images.json").read_text())
+    broken = images[TrainingSampler(6, 2, seed=3, stop=1).batch(0)[1][1]] = str(tmp_path / "broken.jpg")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(broken)
+    Path(broken).write_bytes(Path(broken).read_bytes()[:-30])
+    (data / "TRAIN_images.json").write_text(json.dumps(images))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    arguments = ("--data-folder", data, "--output-folder", tmp_path / "run", *RECIPE, "--workers", 0)
+    process = start(*arguments, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert f"error: {broken}: cannot read this image" in printed
+
+
+def test_a_dry_run_tells_what_a_training_takes_and_leaves_nothing(sample, tmp_path):
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *RECIPE, "--dry-run")
+    printed = finish(start(*arguments, cwd=tmp_path))
+    assert "5 iterations are 1.7 epochs" in printed
+    assert "validation loss of a batch: " in printed
+    assert "images/s" in printed
+    assert list(tmp_path.iterdir()) == []
