@@ -225,14 +225,13 @@ def time_steps(device, with_compilation):
                 images = images.contiguous(memory_format=torch.channels_last)
             network = train.compile_network(model, n_images, precision) if compiled else model
             criterion = MultiBoxLoss(model.priors_cxcy)
-            optimizer = train.make_optimizer(model, argparse.Namespace(lr=1e-5, momentum=0.9, weight_decay=5e-4))
+            settings = argparse.Namespace(lr=1e-5, momentum=0.9, weight_decay=5e-4, grad_clip=0)
+            optimizer = train.make_optimizer(model, settings)
             scaler = torch.amp.GradScaler(device.type, enabled=False)
+            run = train.Run(settings, None, model, criterion, optimizer, scaler, precision)
             locs, scores, boxes, labels = random_batch(n_images, device)
             batch = images, boxes, labels, None
-            step = gpu_seconds(
-                lambda n=network, c=criterion, o=optimizer, s=scaler, b=batch, p=precision:
-                train.train_step(n, c, o, s, b, 1e-5, 0, p)
-            )  # fmt: skip
+            step = gpu_seconds(lambda r=run, n=network, b=batch: train.train_step(r, n, b, 1e-5))
             rates[n_images, name] = n_images / step
             share = GFLOP_PER_IMAGE * 1e9 * n_images / step / matrix_rate
             ratio = f"{share:.2f} of matrix rate, {rates[n_images, name] / rates[n_images, 'fp32']:.1f} x fp32"

@@ -37,7 +37,7 @@ def run():
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False, timeout=300)
         assert done.returncode == status, done.stdout + done.stderr
-        if status == 2:
+        if status:
             message = done.stderr.strip().splitlines()[-1]
             assert message.startswith("error: ") or ": error: " in message, done.stderr
             assert "Traceback" not in done.stderr

@@ -75,7 +75,14 @@ def test_our_own_checkpoints_and_exported_weights_are_exact(tmp_path, mean):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     model(images()[:1])[0].sum().backward()
     optimizer.step()
-    save_checkpoint(tmp_path / "all.pth", model, optimizer, torch.amp.GradScaler("cpu"), 7, 1.5, {"seed": 3})
+    save_checkpoint(
+        tmp_path / "all.pth",
+        model,
+        optimizer,
+        torch.amp.GradScaler("cpu"),
+        {"iteration": 7, "best_loss": 1.5},
+        {"seed": 3},
+    )
     save_weights(tmp_path / "small.any", model)
     for name in ("all.pth", "small.any"):
         loaded = load_model(tmp_path / name)

@@ -22,7 +22,7 @@ from datasets import PascalVOCDataset, TrainingSampler, collate_fn
 from devices import Interruption
 
 TRAIN = str(Path(train.__file__))
-RECIPE = ("--no-pretrained", "--batch-size", 2, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
+RECIPE = ("--no-pretrained", "--batch-size", 1, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
           "--iterations", 5, "--checkpoint-every", 1, "--validate-every", 5)  # fmt: skip
 
 
@@ -99,10 +99,13 @@ def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sampl
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, uninterrupted, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--checkpoint-every", 100)
-    process = start(*arguments)
+    process = start(*arguments, start_new_session=True)
     wait_for((tmp_path / "log.jsonl").exists, process)
-    time.sleep(2)
-    process.send_signal(number)
+    time.sleep(1)
+    if number == signal.SIGINT:  # as a terminal does, to the processes that load images, too
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     printed = finish(process)
     checkpoint = tmp_path / "checkpoint.pth"
     assert f"python train.py --resume {checkpoint}" in printed
@@ -123,8 +126,8 @@ def test_a_second_interrupt_ends_at_once():
 
 @pytest.fixture
 def run(sample, tmp_path):
-    """A Run of a batch of two that has made no update, in this process."""
-    arguments = ["--data-folder", sample, "--output-folder", tmp_path, *RECIPE]
+    """A Run with batches of two that has made no update, in this process."""
+    arguments = ["--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--batch-size", 2]
     return train.build(train.parse_settings([*map(str, arguments)]), torch.device("cpu"))
 
 
@@ -229,13 +232,13 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
     """Three steps from uneven shares: images with many objects, with few, and a process whose images have none."""
     data = tmp_path / "data"
     shutil.copytree(sample, data)
-    order = TrainingSampler(6, 4, seed=3, stop=1).batch(0)
+    order = TrainingSampler(6, 3, seed=3, stop=1).batch(0)
     objects = [{"boxes": [], "labels": [], "difficulties": []} for _ in range(6)]
-    for place, n in ((0, 3), (2, 1)):  # of the first batch, process 0 gets these, process 1 the places 1 and 3
+    for place, n in ((0, 3), (2, 1)):  # of the first batch, process 0 gets these, process 1 the one between
         boxes = [[20 * i + 5, 10, 20 * i + 60, 90] for i in range(n)]
         objects[order[place][1]] = {"boxes": boxes, "labels": [1] * n, "difficulties": [0] * n}
     (data / "TRAIN_objects.json").write_text(json.dumps(objects))
-    arguments = ("--data-folder", data, *RECIPE, "--batch-size", 4, "--iterations", 3, "--workers", 0)
+    arguments = ("--data-folder", data, *RECIPE, "--batch-size", 3, "--iterations", 3, "--workers", 0)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = finish(
@@ -245,10 +248,14 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
     finish(start(*arguments, "--output-folder", tmp_path / "one"))
     one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
     for name, value in one["model"].items():
-        assert (value - two["model"][name]).abs().max() <= 1e-5 * value.abs().max(), name
+        # Relative to the largest weight of the layer: biases begin at 0, and after three steps are all rounding.
+        scale = one["model"].get(name.replace(".bias", ".weight")).abs().max()
+        assert (value - two["model"][name]).abs().max() <= 1e-5 * scale, name
     assert two["best_loss"] == pytest.approx(one["best_loss"], rel=1e-5)
     for ours, theirs in zip(losses_logged(tmp_path / "one"), losses_logged(tmp_path / "two"), strict=True):
-        assert ours == {key: pytest.approx(value, rel=1e-4) for key, value in theirs.items()}
+        assert [ours["event"], ours["iteration"]] == [theirs["event"], theirs["iteration"]]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
 
 
 def test_a_process_that_fails_ends_the_others(sample, tmp_path):
@@ -260,7 +267,7 @@ def test_a_process_that_fails_ends_the_others(sample, tmp_path):
     Path(broken).write_bytes(Path(broken).read_bytes()[:-30])
     (data / "TRAIN_images.json").write_text(json.dumps(images))
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    arguments = ("--data-folder", data, "--output-folder", tmp_path / "run", *RECIPE, "--workers", 0)
+    arguments = ("--data-folder", data, "--output-folder", tmp_path / "run", *RECIPE, "--batch-size", 2, "--workers", 0)
     process = start(*arguments, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"})
     printed = process.communicate(timeout=120)[0]
     assert process.returncode != 0
@@ -270,7 +277,7 @@ def test_a_process_that_fails_ends_the_others(sample, tmp_path):
 def test_a_dry_run_tells_what_a_training_takes_and_leaves_nothing(sample, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *RECIPE, "--dry-run")
     printed = finish(start(*arguments, cwd=tmp_path))
-    assert "5 iterations are 1.7 epochs" in printed
+    assert "5 iterations are 0.8 epochs" in printed
     assert "validation loss of a batch: " in printed
     assert "images/s" in printed
     assert list(tmp_path.iterdir()) == []
