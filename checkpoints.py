@@ -112,9 +112,11 @@ def load_optimizer(optimizer, scaler, checkpoint, path):
     try:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        for parameter, state in optimizer.state.items():  # laid out as the parameter is here, which fused SGD expects
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: damaged checkpoint, its optimizer state does not fit; give another") from error
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import ImageDraw, ImageFont
 
 from checkpoints import load_model
-from devices import find_device
+from devices import choose_precision, find_device
 from utils import (
     InputError,
     atomic_writer,
@@ -129,7 +129,9 @@ def main():
     """Run the command line."""
     settings = parse_arguments()
     image = read_image(settings.image)
-    model = load_model(settings.checkpoint, find_device()).to(memory_format=torch.channels_last)
+    device = find_device()
+    choose_precision("fp32", device)
+    model = load_model(settings.checkpoint, device).to(memory_format=torch.channels_last)
     limits = settings.min_score, settings.max_overlap, settings.top_k
     objects = find_objects(image, model, *limits, settings.suppress)
     picture = annotate(image, objects, label_color_map(model.label_map))

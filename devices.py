@@ -36,7 +36,7 @@ def choose_precision(name, device):
     :param name: a key of PRECISIONS, or "auto": bf16 where the device is a GPU made for it, else fp32
     :raises InputError: for bf16 and fp16 on a CPU, which most emulate, a hundred times slower
     """
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # PyTorch's default rounds to the 10 bits of TF32
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds to the 10 bits of TF32
     if name == "auto":
         is_made_for_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if is_made_for_it else "fp32"

@@ -348,9 +348,8 @@ class MultiBoxLoss(nn.Module):
             confidence = F.cross_entropy(
                 predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
             ).reshape(n_images, n_priors)
-            hardness = torch.where(positive, torch.inf, confidence)
-            # How many are needed is known for nothing on a CPU; to ask a GPU would mean to wait for it.
-            n_ranked = n_priors if positive.is_cuda else min(n_priors, max(1, math.ceil(n_used.max())))
+            hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
+            n_ranked = self.count_ranked(n_used, n_priors)
             ranked = hardness.topk(n_ranked, dim=1).indices
         rank = torch.arange(n_ranked, device=positive.device)
         predicted_locs, predicted_scores, true_boxes = (
@@ -372,6 +371,14 @@ class MultiBoxLoss(nn.Module):
         n_positives = n_positives.sum()
         normalizer = n_positives.clamp(min=1)
         return confidence / normalizer, localization / normalizer, n_positives
+
+    @staticmethod
+    def count_ranked(n_used, n_priors):
+        """Return how many priors of each image to rank, of which each image uses (N,) so many: at least the most.
+
+        How many that is costs nothing on a CPU; to ask a GPU would mean to wait for it, so there all are ranked.
+        """
+        return n_priors if n_used.is_cuda else min(n_priors, max(1, math.ceil(n_used.max())))
 
     @torch.no_grad()
     def match(self, boxes, labels):

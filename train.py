@@ -103,7 +103,8 @@ def make_parser():
     add = parser.add_argument_group("speed").add_argument
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
         help="of the network's arithmetic; auto: bf16 on a GPU made for it, else fp32")  # fmt: skip
-    add("--compile", action="store_true", help="compile the network first, which takes a minute and a C++ compiler")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile the network first, which takes a minute and a C++ compiler")  # fmt: skip
 
     # Not in the paper.
     add = parser.add_argument_group("safeguards (not in the paper)").add_argument
@@ -165,7 +166,7 @@ def make_optimizer(model, settings):
         ],
         lr=settings.lr,
         momentum=settings.momentum,
-        fused=True,
+        fused=settings.precision != "fp16",  # fused, an update that fp16 skips leaves momenta that were never set
     )
 
 
@@ -238,7 +239,8 @@ def train(settings):
             "or give another --output-folder, or --overwrite"
         )
     run = build(settings, device, precision)
-    network = compile_network(run.model, settings.batch_size, precision) if settings.compile else run.model
+    share = -(-settings.batch_size // n_processes())
+    network = compile_network(run.model, share, precision) if settings.compile else run.model
     if n_processes() > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
@@ -261,7 +263,7 @@ def train(settings):
     if settings.validate_every:
         test_set = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
         test_set = Subset(test_set, range(rank(), len(test_set), n_processes()))
-        test_loader = DataLoader(test_set, batch_size=-(-settings.batch_size // n_processes()), **options)
+        test_loader = DataLoader(test_set, batch_size=share, **options)
     if settings.dry_run:
         dry_run(run, network, train_loader, test_loader)
         return run
@@ -351,10 +353,11 @@ def compile_network(model, batch_size, precision):
     device = model.priors_cxcy.device
     try:
         with mixed_precision(precision, device):
-            sum(part.sum() for part in network(torch.zeros(batch_size, 3, 300, 300, device=device))).backward()
+            ((images,),) = batches_on(device, [(torch.zeros(batch_size, 3, 300, 300),)])
+            sum(part.sum() for part in network(images)).backward()
     except RuntimeError as error:  # no compiler, most often
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); leave it out") from error
+        raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); take --no-compile") from error
     model.zero_grad()
     return network
 

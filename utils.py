@@ -385,6 +385,8 @@ def open_image(path):
 def _decoding():
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # decoders raise whatever they like on a broken file
         raise InputError(f"cannot read this image ({error}); replace it or take it out of the data") from error
 
@@ -510,13 +512,13 @@ def _sample_window(image, window, boxes, flip=False, rng=None):
     while reduction > 1 and any(high[axis] - low[axis] < reduction * size[axis] for axis in (0, 1)):
         reduction //= 2
     with _decoding(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PIL, of large crops, and of PyTorch, of bytes not to be written to
         if reduction > 1 and not image.draft("RGB", [side // reduction for side in image.size]):
             reduction = 1
         low, high = [edge // reduction for edge in low], [-(-edge // reduction) for edge in high]
         # PIL keeps four bytes a pixel, three of them used; so they are copied and resized fastest.
         if (low, high) != ([0, 0], [*image.size]):
             image = image.crop((*low, *high))
-        warnings.simplefilter("ignore")  # PyTorch's, that these bytes are not to be written to
         pixels = torch.frombuffer(image.tobytes("raw", "RGBX"), dtype=torch.uint8).view(1, image.height, image.width, 4)
 
     # Sample from exactly those pixels, so that the boxes fit to them.

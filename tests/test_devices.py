@@ -20,7 +20,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 def test_a_cpu_computes_in_fp32_and_refuses_what_it_would_emulate():
     assert choose_precision("auto", CPU) == choose_precision("fp32", CPU) == "fp32"
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cudnn.allow_tf32 is False
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     for name in ("bf16", "fp16"):
         with pytest.raises(InputError, match=f"--precision {name}: needs a GPU"):
             choose_precision(name, CPU)

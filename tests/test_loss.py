@@ -97,6 +97,18 @@ def test_a_batch_without_objects_has_no_loss_and_gradients_of_zero():
     assert (scores.grad == 0).all()
 
 
+def test_predictions_that_are_not_finite_make_the_loss_so_and_only_their_part():
+    boxes, labels = [of_prior(4)[None]], [torch.tensor([1])]
+    locs, scores = torch.zeros(1, 12, 4), torch.zeros(1, 12, 3)
+    _, usual, _ = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        scores = torch.zeros(1, 12, 3)
+        scores[0, 1, 0] = broken
+        confidence, localization, _ = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
+        assert not confidence.isfinite()
+        assert localization == usual
+
+
 def test_boxes_without_area_count_as_no_objects():
     locs, scores = torch.randn(1, 12, 4, requires_grad=True), torch.randn(1, 12, 3, requires_grad=True)
     boxes = torch.stack([of_prior(4), torch.tensor([0.2, 0.2, 0.2, 0.4]), torch.tensor([0.5, 0.5, 0.4, 0.6])])
@@ -107,9 +119,10 @@ def test_boxes_without_area_count_as_no_objects():
     assert locs.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("ranks_all", [False, True])  # as on a CPU, and as on a GPU
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31 - 1))
-def test_random_batches_equal_the_loop(random_objects_seed):
+@given(random_objects_seed=st.integers(0, 2**31 - 1))
+def test_random_batches_equal_the_loop(ranks_all, random_objects_seed):
     rng = np.random.RandomState(random_objects_seed)
     boxes, labels = [], []
     for _ in range(rng.randint(1, 4)):
@@ -122,7 +135,10 @@ def test_random_batches_equal_the_loop(random_objects_seed):
         labels.append(torch.tensor(rng.randint(1, 4, n), dtype=torch.long))
     locs = torch.tensor(rng.standard_normal((len(boxes), 12, 4)), dtype=torch.float32, requires_grad=True)
     scores = torch.tensor(2 * rng.standard_normal((len(boxes), 12, 4)), dtype=torch.float32, requires_grad=True)
-    confidence, localization, _ = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
+    criterion = MultiBoxLoss(PRIORS)
+    if ranks_all:
+        criterion.count_ranked = lambda n_used, n_priors: n_priors
+    confidence, localization, _ = criterion.parts(locs, scores, boxes, labels)
     expected = reference.multibox_loss(PRIORS, locs, scores, boxes, labels)
     assert confidence.item() == pytest.approx(expected[0].item(), rel=1e-4, abs=1e-6)
     assert localization.item() == pytest.approx(expected[1].item(), rel=1e-4, abs=1e-6)

@@ -23,7 +23,7 @@ from devices import Interruption
 
 TRAIN = str(Path(train.__file__))
 RECIPE = ("--no-pretrained", "--batch-size", 1, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
-          "--iterations", 5, "--checkpoint-every", 1, "--validate-every", 5)  # fmt: skip
+          "--iterations", 4, "--checkpoint-every", 1, "--validate-every", 4)  # fmt: skip
 
 
 def start(*arguments, launcher=(), **options):
@@ -57,7 +57,7 @@ def assert_same_runs(folder, other):
 
 @pytest.fixture(scope="module")
 def uninterrupted(sample, tmp_path_factory):
-    """Folder of a run of five iterations that nothing happened to."""
+    """Folder of a run of four iterations that nothing happened to."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     finish(start("--data-folder", sample, "--output-folder", folder, *RECIPE))
     return folder
@@ -92,7 +92,7 @@ def train_with_kills(sample, folder, rng, mean_seconds):
 
 
 def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sample, uninterrupted, tmp_path):
-    assert train_with_kills(sample, tmp_path, random.Random(1), 5) > 0
+    assert train_with_kills(sample, tmp_path, random.Random(1), 4) > 0
     assert_same_runs(tmp_path, uninterrupted)
 
 
@@ -109,7 +109,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, 
     printed = finish(process)
     checkpoint = tmp_path / "checkpoint.pth"
     assert f"python train.py --resume {checkpoint}" in printed
-    assert 0 < load_checkpoint(checkpoint)["iteration"] < 5
+    assert 0 < load_checkpoint(checkpoint)["iteration"] < 4
     assert "Traceback" not in printed
     finish(start("--resume", checkpoint))
     assert_same_runs(tmp_path, uninterrupted)
@@ -129,6 +129,38 @@ def run(sample, tmp_path):
     """A Run with batches of two that has made no update, in this process."""
     arguments = ["--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--batch-size", 2]
     return train.build(train.parse_settings([*map(str, arguments)]), torch.device("cpu"))
+
+
+def test_momenta_are_resumed_whatever_layout_they_were_saved_in(run, tmp_path):
+    """A GPU trains with channels last, a CPU does not; fused SGD goes through memory as it lies."""
+    run.model.to(memory_format=torch.channels_last)
+    optimizer = run.optimizer = train.make_optimizer(run.model, run.settings)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    run.save("checkpoint.pth")
+    resumed = train.build(train.parse_settings(["--resume", str(tmp_path / "checkpoint.pth")]), torch.device("cpu"))
+    for model, steps in ((run.model, optimizer), (resumed.model, resumed.optimizer)):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        steps.step()
+    for ours, theirs in zip(resumed.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-7)
+
+
+def test_an_update_that_fp16_skips_leaves_the_weights_alone(run):
+    run.settings.precision = "fp16"
+    optimizer, scaler = train.make_optimizer(run.model, run.settings), torch.amp.GradScaler("cpu")
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    for value in (torch.inf, 0.0):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        scaler.scale(torch.ones(()))
+        for group in optimizer.param_groups:
+            group.update(lr=1.0, weight_decay=0.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
 def test_a_validation_that_is_interrupted_is_made_up_for(run, tmp_path):
@@ -201,7 +233,7 @@ def test_resuming_on_other_data_is_refused_and_changed_settings_are_named(run, s
     train.build(train.parse_settings([*resume, "--lr", "0.5", "--iterations", "9"]), torch.device("cpu"))
     printed = capsys.readouterr().out
     assert "--lr is 0.5, and was 0.001" in printed
-    assert "--iterations is 9, and was 5" in printed
+    assert "--iterations is 9, and was 4" in printed
     assert "--seed" not in printed
     other = tmp_path / "other"
     shutil.copytree(sample, other)
@@ -255,7 +287,7 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
     for ours, theirs in zip(losses_logged(tmp_path / "one"), losses_logged(tmp_path / "two"), strict=True):
         assert [ours["event"], ours["iteration"]] == [theirs["event"], theirs["iteration"]]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+        assert (ours["gradient_norm"] or 0) == pytest.approx(theirs["gradient_norm"] or 0, rel=1e-3)
 
 
 def test_a_process_that_fails_ends_the_others(sample, tmp_path):
@@ -277,7 +309,7 @@ def test_a_process_that_fails_ends_the_others(sample, tmp_path):
 def test_a_dry_run_tells_what_a_training_takes_and_leaves_nothing(sample, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *RECIPE, "--dry-run")
     printed = finish(start(*arguments, cwd=tmp_path))
-    assert "5 iterations are 0.8 epochs" in printed
+    assert "4 iterations are 0.7 epochs" in printed
     assert "validation loss of a batch: " in printed
     assert "images/s" in printed
     assert list(tmp_path.iterdir()) == []

@@ -272,6 +272,39 @@ def test_test_images_are_resized_and_normalised_only():
     assert (results[3] == difficulties).all()
 
 
+def test_boxes_as_large_as_the_crop_stay_in_the_output_at_every_size_of_decoding(tmp_path):
+    Image.new("RGB", (1601, 1073), (9, 9, 9)).save(tmp_path / "large.jpg")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low, high = np.sort(rng.integers(-900, 2600, (2, 2)), axis=0)
+        window = np.array([*low, *(high + 1)])
+        box = np.array([[*np.maximum(low, 0), *np.minimum(high + 1, (1601, 1073))]])
+        if (box[0, :2] >= box[0, 2:]).any():
+            continue
+        with Image.open(tmp_path / "large.jpg") as image:
+            pixels, boxes = utils._sample_window(image, window, box, rng=Quiet())
+        assert ((boxes >= -1e-9) & (boxes <= 1 + 1e-9)).all()
+        rows, columns = np.nonzero(pixels[0].numpy())  # the filling is 0
+        found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 300
+        assert np.abs(found - boxes[0]).max() <= 0.5 / 300 + 8 / (high - low + 1).min()
+
+
+class Quiet:
+    """Stands for a generator that changes no colours."""
+
+    def permutation(self, n):
+        return range(n)
+
+    def random(self):
+        return 0.0
+
+
+def test_a_part_smaller_than_a_pixel_of_the_output_keeps_one():
+    assert utils._place(-10, 3990, 1) == (0, 1, 1, 1)
+    assert utils._place(-3999, 1, 5) == (0, 1, 299, 1)
+    assert utils._place(5, 9, 5) == (0, 0, 0, 0)
+
+
 def test_a_large_jpeg_is_decoded_small_where_training_needs_no_more(tmp_path, monkeypatch):
     """Seen by its size; the sample is that of the image decoded whole, its boxes on the same pixels."""
     sizes = []
@@ -364,6 +397,11 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(whole)
     cut.write_bytes(whole.read_bytes()[:2000])
     (tmp_path / "text.jpg").write_text("no image")
-    for name in ("cut.jpg", "text.jpg", "missing.jpg"):
-        with pytest.raises(InputError, match=f"{name}: cannot read this image"):
+    gray = tmp_path / "gray.jpg"
+    with Image.open(whole) as image:
+        image.convert("L").save(gray)
+    gray.write_bytes(gray.read_bytes()[:2000])
+    for name in ("cut.jpg", "gray.jpg", "text.jpg", "missing.jpg"):
+        with pytest.raises(InputError, match=f"{name}: cannot read this image") as caught:
             read_image(tmp_path / name)
+        assert str(caught.value).count("cannot read") == 1
