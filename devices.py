@@ -126,7 +126,7 @@ class Interruption:
         return bool(sum_over_processes(torch.tensor(int(self.wished))))
 
 
-def restore_signals(_worker=None):
-    """Let a process that loads images end with its parent, not by Ctrl-C before it; a worker_init_fn of DataLoader."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_worker=None):
+    """Let a process that loads images outlive signals to all processes and end with its parent; a worker_init_fn."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

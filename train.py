@@ -35,12 +35,12 @@ from devices import (
     batches_on,
     choose_precision,
     count_cores,
+    ignore_signals,
     join_processes,
     leave_processes,
     mixed_precision,
     n_processes,
     rank,
-    restore_signals,
     sum_over_processes,
 )
 from model import SSD300, MultiBoxLoss
@@ -256,7 +256,7 @@ def train(settings):
     options = {
         "collate_fn": collate_fn, "pin_memory": device.type == "cuda", "num_workers": settings.workers,
         "persistent_workers": settings.workers > 0, "prefetch_factor": 4 if settings.workers else None,
-        "worker_init_fn": restore_signals,
+        "worker_init_fn": ignore_signals,
     }  # fmt: skip
     train_loader = DataLoader(run.dataset, batch_sampler=batches, **options)
     test_loader = None
