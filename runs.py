@@ -9,6 +9,7 @@ run.save("checkpoint.pth")
 import argparse
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -44,6 +45,11 @@ class Run:
     best_loss: float = math.inf  # lowest validation loss
     pending: list = dataclasses.field(default_factory=list)  # losses since the last regular record of the log
     validation_due: bool = False  # a validation that was interrupted
+
+    @functools.cached_property
+    def data(self):
+        """The digest of the training set, made at the first checkpoint."""
+        return fingerprint(self.dataset)
 
     def path(self, name):
         """Return the path of a file in the output folder."""
@@ -86,12 +92,12 @@ class Run:
 
     def save(self, name, must=False):
         """Write a checkpoint; a disk that does not take it leaves the previous one whole, and `must` is an error."""
-        progress = {
-            "iteration": self.iteration, "best_loss": self.best_loss, "pending": self.pending,
-            "validation_due": self.validation_due, "data": fingerprint(self.dataset),
-        }  # fmt: skip
         if rank() > 0:
             return
+        progress = {
+            "iteration": self.iteration, "best_loss": self.best_loss, "pending": self.pending,
+            "validation_due": self.validation_due, "data": self.data,
+        }  # fmt: skip
         try:
             save_checkpoint(self.path(name), self.model, self.optimizer, self.scaler, progress, vars(self.settings))
         except (OSError, RuntimeError) as error:  # torch.save raises either where the disk is full
