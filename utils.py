@@ -6,7 +6,9 @@ from utils import parse_annotation, find_jaccard_overlap, transform, calculate_m
 import colorsys
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -33,18 +35,27 @@ class DivergenceError(InputError):
 
 def run_command(main):
     """Run a script's `main`; bad input ends in one line on standard error and exit status 2."""
+    message = None
     try:
         main()
     except (InputError, OSError) as error:
         # A DataLoader worker's error arrives wrapped in its traceback; our own line is the last.
-        sys.exit(_complain(str(error).rsplit("InputError: ", 1)[-1].strip(), getattr(error, "status", 2)))
+        message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), getattr(error, "status", 2)
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", status=130))
+        message, status = "interrupted", 130
+    finally:
+        _end_children()
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(status)
 
 
-def _complain(message, status):
-    print(f"error: {message}", file=sys.stderr)
-    return status
+def _end_children():
+    """End the processes that loaders left: after an error PyTorch would wait seconds for each, or for ever."""
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler takes their end for a failure; Windows has neither
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @contextmanager
