@@ -7,12 +7,11 @@ python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth --output found.p
 import argparse
 import os
 
-import numpy as np
 import torch
-from PIL import ImageDraw, ImageFont
 
 from checkpoints import load_model
 from devices import choose_precision, find_device
+from drawing import draw_boxes
 from utils import (
     InputError,
     atomic_writer,
@@ -87,31 +86,8 @@ def annotate(original_image, objects, colors):
     :param objects: (class name, score, pixel xy box) per object, best first
     :param colors: class name -> (red, green, blue)
     """
-    picture = upright_rgb(original_image).copy()
-    width, height = picture.size
-    draw = ImageDraw.Draw(picture)
-    line = max(2, round(min(width, height) / 200))
-    texts = [f"{name} {score:.2f}" for name, score, _ in objects]
-    size = max(10, round(min(width, height) / 28))
-    font = ImageFont.load_default(size)  # comes with Pillow
-    while size > 6 and any(font.getlength(text) + 2 * line > width for text in texts):
-        size -= 1
-        font = ImageFont.load_default(size)
-    inks = {name: "black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white" for name, color in colors.items()}
-    for name, _, (x_min, y_min, x_max, y_max) in reversed(objects):
-        # An edge of the label's ink makes the box show on any background, its own colour too.
-        x_max, y_max = max(x_max, x_min + 2 * line), max(y_max, y_min + 2 * line)
-        draw.rectangle([x_min - 1, y_min - 1, x_max + 1, y_max + 1], outline=inks[name], width=line + 2)
-        draw.rectangle([x_min, y_min, x_max, y_max], outline=colors[name], width=line)
-    label_height = sum(font.getmetrics()) + line
-    for text, (name, _, (x_min, y_min, _, _)) in reversed(list(zip(texts, objects, strict=True))):
-        # A label stands above its box, or inside where there is no room; in the picture, if that can hold it.
-        label_width = font.getlength(text) + 2 * line
-        x = max(0, min(x_min, width - label_width))
-        y = y_min - label_height if y_min >= label_height else min(y_min, height - label_height)
-        draw.rectangle([x, y, x + label_width, y + label_height], fill=colors[name])
-        draw.text((x + line, y + line / 2), text, fill=inks[name], font=font)
-    return picture
+    captions = [f"{name} {score:.2f}" for name, score, _ in objects]
+    return draw_boxes(original_image, [box for *_, box in objects], captions, [colors[name] for name, *_ in objects])
 
 
 def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=None):

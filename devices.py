@@ -8,6 +8,7 @@ for images, boxes, labels, difficulties in batches_on(device, loader):
 """
 
 import datetime
+import itertools
 import os
 import signal
 
@@ -43,6 +44,13 @@ def choose_precision(name, device):
     if name != "fp32" and device.type == "cpu":
         raise InputError(f"--precision {name}: needs a GPU; take auto or fp32")
     return name
+
+
+def make_deterministic():
+    """Have PyTorch take only algorithms that give the same bits every time; call it before a GPU is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads what was not written
 
 
 def mixed_precision(precision, device):
@@ -100,6 +108,16 @@ def sum_over_processes(tensor):
     if n_processes() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def gather_over_processes(items):
+    """Return the items of all processes' lists: the first of each process, the second of each, and so on."""
+    if n_processes() == 1:
+        return items
+    lists = [None] * n_processes()
+    distributed.all_gather_object(lists, items)
+    absent = object()
+    return [item for turn in itertools.zip_longest(*lists, fillvalue=absent) for item in turn if item is not absent]
 
 
 class Interruption:

@@ -56,7 +56,7 @@ def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, t
     """
     model.eval()
     device = model.priors_cxcy.device
-    truth, detections, n_images = ([], [], []), ([], [], []), 0
+    found, n_images = [[] for _ in range(6)], 0
     seconds = {"network": 0.0, "post_processing": 0.0}
     for images, *objects in batches_on(device, tqdm(test_loader, "evaluating", unit="batch", disable=None)):
         started = _now(device)
@@ -67,11 +67,10 @@ def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, t
         seconds["network"] += predicted - started
         seconds["post_processing"] += _now(device) - predicted
         n_images += len(images)
-        for collected, new in zip((*detections, *truth), (*detected, *objects), strict=True):
-            collected.extend(tensor.cpu() for tensor in new)
+        collect(found, (*detected, *objects))
 
     started = time.perf_counter()
-    curves = precision_recall_curves(*detections, *truth, label_map=model.label_map)
+    curves = precision_recall_curves(*found, label_map=model.label_map)
     seconds["scoring"] = time.perf_counter() - started
     results = {"images": n_images, **{f"{part}_seconds": spent for part, spent in seconds.items()}}
     for key, method in (("11_point", "11-point"), ("area", "area")):
@@ -79,6 +78,12 @@ def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, t
         results[f"mAP_{key}"] = _none_for_nan(mean)
         results[f"AP_{key}"] = {name: _none_for_nan(value) for name, value in average_precisions.items()}
     return results
+
+
+def collect(found, batch):
+    """Append a batch's detected boxes, labels and scores and its true boxes, labels and difficulties to six lists."""
+    for collected, tensors in zip(found, batch, strict=True):
+        collected.extend(tensor.cpu() for tensor in tensors)
 
 
 def _now(device):

@@ -15,19 +15,32 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 import torchvision
 from tqdm import tqdm
 
 from checkpoints import save_checkpoint
 from datasets import PascalVOCDataset
-from devices import batches_on, mixed_precision, n_processes, rank, sum_over_processes
+from detect import annotate, find_objects
+from devices import batches_on, gather_over_processes, mixed_precision, n_processes, rank, sum_over_processes
+from drawing import draw_boxes
+from eval import MAX_OVERLAP, MIN_SCORE, TOP_K, collect
 from model import SSD300, MultiBoxLoss
-from utils import DivergenceError, InputError, atomic_writer
+from utils import (
+    DivergenceError,
+    InputError,
+    atomic_writer,
+    calculate_mAP,
+    label_color_map,
+    read_image,
+    upright_rgb,
+)
 
 
 @dataclasses.dataclass
@@ -43,8 +56,11 @@ class Run:
     precision: str
     iteration: int = 0  # updates made
     best_loss: float = math.inf  # lowest validation loss
+    best_map: float = -1.0  # highest mAP of a validation
     pending: list = dataclasses.field(default_factory=list)  # losses since the last regular record of the log
     validation_due: bool = False  # a validation that was interrupted
+    board: object = None  # TensorBoard's writer, if asked for
+    test_set: PascalVOCDataset = None  # whose first images it shows
 
     @functools.cached_property
     def data(self):
@@ -81,22 +97,34 @@ class Run:
         """Whether nothing is left to do."""
         return self.iteration >= self.settings.iterations and not self.validation_due
 
+    @property
+    def n_epochs(self):
+        """How often every image is seen in all iterations."""
+        return self.settings.iterations * self.settings.batch_size / len(self.dataset)
+
     def append(self, record):
-        """Append a record to the log of JSON lines; a disk that does not take it does not end the training."""
-        if rank() == 0:
-            try:
-                with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                warn(f"{self.path('log.jsonl')}: cannot be written ({error})")
+        """Append a record to the log; a disk that does not take it does not end the training."""
+        if rank() > 0:
+            return
+        try:
+            with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if self.board:
+                for name in record.keys() - {"event", "iteration"}:
+                    self.board.add_scalar(f"{record['event']}/{name}", record[name], record["iteration"])
+                if record["event"] == "validation":
+                    self.show_examples()
+                self.board.flush()
+        except OSError as error:
+            warn(f"{self.settings.output_folder}: the log cannot be written ({error})")
 
     def save(self, name, must=False):
         """Write a checkpoint; a disk that does not take it leaves the previous one whole, and `must` is an error."""
         if rank() > 0:
             return
         progress = {
-            "iteration": self.iteration, "best_loss": self.best_loss, "pending": self.pending,
-            "validation_due": self.validation_due, "data": self.data,
+            "iteration": self.iteration, "best_loss": self.best_loss, "best_map": self.best_map,
+            "pending": self.pending, "validation_due": self.validation_due, "data": self.data,
         }  # fmt: skip
         try:
             save_checkpoint(self.path(name), self.model, self.optimizer, self.scaler, progress, vars(self.settings))
@@ -132,18 +160,52 @@ class Run:
             )
 
     def validate(self, loader, interruption):
-        """Validate, log the loss and keep the best network; do it later where interrupted."""
+        """Validate, log what came of it and keep the best network; do it later where interrupted."""
         self.validation_due = True
-        loss = validate(loader, self.model, self.criterion, self.precision, interruption)
-        if loss is None:
+        result = validate(loader, self.model, self.criterion, self.precision, self.settings.validate_map, interruption)
+        if result is None:
             return
         self.validation_due = False
-        self.append({"event": "validation", "iteration": self.iteration, "loss": loss})
+        self.append({"event": "validation", "iteration": self.iteration, **result})
         if rank() == 0:
-            tqdm.write(f"iteration {self.iteration}: validation loss {loss:.4f}")
-        if loss < self.best_loss:
-            self.best_loss = loss
+            tqdm.write(
+                f"iteration {self.iteration}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in result.items())
+            )
+        mean, loss = result.get("mAP_11_point", -1.0), result["loss"]
+        is_best = mean > self.best_map if self.settings.validate_map else loss < self.best_loss
+        self.best_map, self.best_loss = max(mean, self.best_map), min(loss, self.best_loss)
+        if is_best:
             self.save("best.pth")
+
+    def open_board(self):
+        """Have the log go to TensorBoard, too, which hides what a run that is resumed logged after its checkpoint."""
+        if not self.settings.resume:
+            shutil.rmtree(self.path("tensorboard"), ignore_errors=True)  # an earlier run's
+        self.board = import_tensorboard().SummaryWriter(self.path("tensorboard"), purge_step=self.iteration + 1)
+
+    def show_examples(self, n=4):
+        """Show the first test images in TensorBoard: left with their objects, right with what is found."""
+        dataset = self.test_set
+        names = {index: name for name, index in dataset.label_map.items()}
+        colors = label_color_map(dataset.label_map)
+        self.model.eval()
+        for number, (path, objects) in enumerate(zip(dataset.images[:n], dataset.objects[:n], strict=True)):
+            image = upright_rgb(read_image(path))
+            labels = [names[label] for label in objects["labels"]]
+            truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels])
+            found = annotate(image, find_objects(image, self.model, 0.2, MAX_OVERLAP, TOP_K), colors)
+            picture = np.concatenate([truth, found], axis=1)
+            self.board.add_image(f"test image {number}", picture, self.iteration, dataformats="HWC")
+        self.model.train()
+
+
+def import_tensorboard():
+    """Return PyTorch's module for TensorBoard; InputError where that is not installed."""
+    try:
+        import torch.utils.tensorboard as tensorboard  # an optional requirement
+    except ImportError as error:
+        raise InputError("--tensorboard: its package is not there; pip install tensorboard") from error
+    return tensorboard
 
 
 def warn(message):
@@ -186,28 +248,37 @@ def train_step(run, network, batch, rate):
 
 
 @torch.inference_mode()
-def validate(loader, model, criterion, precision, interruption=None):
+def validate(loader, model, criterion, precision, with_map=False, interruption=None):
     """Return the loss over all images of all processes' loaders as over one batch; the model trains again afterwards.
 
-    An Interruption that is wished for meanwhile ends it, without a result: None.
+    :param with_map: whether to detect, too, for the mAP
+    :param interruption: an Interruption, which ends it once wished for
+    :return: {"loss": ...}, and "mAP_11_point" where asked for; None where interrupted
     """
     device = model.priors_cxcy.device
     model.eval()
     total, positives = sums = torch.zeros(2, device=device)
+    found = [[] for _ in range(6)]
     batches = tqdm(loader, "validating", unit="batch", leave=False, disable=rank() > 0 or None)
-    for images, boxes, labels, _ in batches_on(device, batches):
+    for images, *objects in batches_on(device, batches):
         if interruption and interruption.wished:
             break
         with mixed_precision(precision, device):
             predictions = model(images)
-        confidence, localization, n_positives = criterion.parts(*predictions, boxes, labels)
+        confidence, localization, n_positives = criterion.parts(*predictions, *objects[:2])
         total += (confidence + criterion.alpha * localization) * n_positives
         positives += n_positives
+        if with_map:
+            collect(found, (*model.detect_objects(*predictions, MIN_SCORE, MAX_OVERLAP, TOP_K), *objects))
     model.train()
     if interruption and interruption.agreed():
         return None
     sum_over_processes(sums)
-    return (total / positives.clamp(min=1)).item()
+    result = {"loss": (total / positives.clamp(min=1)).item()}
+    if with_map:
+        found = zip(*gather_over_processes(list(zip(*found, strict=True))), strict=True)
+        result["mAP_11_point"] = calculate_mAP(*found, label_map=model.label_map)[1]
+    return result
 
 
 class Interval:

@@ -38,13 +38,14 @@ from devices import (
     ignore_signals,
     join_processes,
     leave_processes,
+    make_deterministic,
     mixed_precision,
     n_processes,
     rank,
     sum_over_processes,
 )
 from model import SSD300, MultiBoxLoss
-from runs import Interval, Run, describe_run, fingerprint, show, train_step, validate
+from runs import Interval, Run, describe_run, fingerprint, import_tensorboard, show, train_step, validate
 from utils import InputError, check_target, run_command
 
 # What --sample changes. On a CPU just enough to see the loss fall within minutes, on a GPU to detect well.
@@ -115,10 +116,16 @@ def make_parser():
     add("--checkpoint-every", type=int, default=1000, metavar="N", help="iterations [%(default)s]")
     add("--validate-every", type=int, default=0, metavar="N",
         help="iterations between losses over the test split, by which best.pth goes; 0: never")  # fmt: skip
+    add("--validate-map", action="store_true",
+        help="validate by 11-point mAP, too, and have best.pth go by that")  # fmt: skip
     add("--log-every", type=int, default=20, metavar="N", help="iterations per record in log.jsonl [%(default)s]")
     add("--resume", metavar="FILE", help="go on from this checkpoint, with its settings")
     add("--dry-run", action="store_true",
         help="make two steps, validate one batch, print speed, memory and duration, write nothing")  # fmt: skip
+    add("--tensorboard", action="store_true",
+        help="log to TensorBoard, too, with test images at each validation; needs that package")  # fmt: skip
+    add("--deterministic", action="store_true",
+        help="take only algorithms that give the same bits every time; slower on a GPU")  # fmt: skip
     add("--weights-only", metavar="FILE", help="at the end also write the network alone, a small file to share")
     return parser
 
@@ -139,6 +146,10 @@ def parse_settings(arguments=None):
         raise InputError("no data: give --data-folder, or --sample for a small synthetic set")
     if settings.weights_only:
         check_target(settings.weights_only)
+    if settings.tensorboard:
+        import_tensorboard()
+    if settings.validate_map and not settings.validate_every:
+        raise InputError("--validate-map: goes with --validate-every N; give both")
     if min(settings.decay_at, default=0) < 0 or settings.seed >= 2**63 or settings.momentum >= 1:
         raise InputError("--decay-at must be 0 or more, --seed below 2**63, --momentum below 1")
     for name, least in (("batch_size", 1), ("iterations", 1), ("checkpoint_every", 1), ("log_every", 1), ("workers", 0),
@@ -180,7 +191,7 @@ def build(settings, device, precision="fp32"):
     if settings.resume:
         checkpoint = load_checkpoint(settings.resume)
         compare_with(checkpoint, settings, dataset)
-        names = ("iteration", "best_loss", "pending", "validation_due")
+        names = ("iteration", "best_loss", "best_map", "pending", "validation_due")
         progress = {name: checkpoint[name] for name in names if name in checkpoint}
         model = make_model(checkpoint, settings.resume)
     elif settings.init_from:
@@ -227,6 +238,8 @@ def compare_with(checkpoint, settings, dataset):
 
 def train(settings):
     """Train from the settings' start to its end, or until interrupted; return the Run, which tells how far it came."""
+    if settings.deterministic:
+        make_deterministic()
     device = join_processes()
     precision = choose_precision(settings.precision, device)
     if settings.batch_size < n_processes():
@@ -261,9 +274,11 @@ def train(settings):
     train_loader = DataLoader(run.dataset, batch_sampler=batches, **options)
     test_loader = None
     if settings.validate_every:
-        test_set = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
-        test_set = Subset(test_set, range(rank(), len(test_set), n_processes()))
-        test_loader = DataLoader(test_set, batch_size=share, **options)
+        run.test_set = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
+        if settings.validate_map and not any(0 in objects["difficulties"] for objects in run.test_set.objects):
+            raise InputError(f"--validate-map: the test split of {settings.data_folder} has no object to be found")
+        own = Subset(run.test_set, range(rank(), len(run.test_set), n_processes()))
+        test_loader = DataLoader(own, batch_size=share, **options)
     if settings.dry_run:
         dry_run(run, network, train_loader, test_loader)
         return run
@@ -275,8 +290,9 @@ def train(settings):
         description = describe_run(settings, run.model, precision)
         run.prepare_log(description)
         print(json.dumps(description, indent=2))
-        n_epochs = settings.iterations * settings.batch_size / len(run.dataset)
-        print(f"{len(run.dataset)} images, {n_epochs:.1f} epochs", flush=True)
+        print(f"{len(run.dataset)} images, {run.n_epochs:.1f} epochs", flush=True)
+        if settings.tensorboard:
+            run.open_board()
     with Interruption() as interruption:
         if run.validation_due and test_loader:
             run.validate(test_loader, interruption)
@@ -330,21 +346,22 @@ def iterate(run, network, train_loader, test_loader, interruption):
 def dry_run(run, network, train_loader, test_loader):
     """Make two steps, the second of them timed, and validate one batch; print what a training would take."""
     settings, device = run.settings, run.model.priors_cxcy.device
+    say = print if rank() == 0 else lambda _: None
     started = time.perf_counter()
     for batch in itertools.islice(batches_on(device, train_loader), 2):
         started, before = time.perf_counter(), started
-        losses = train_step(run, network, batch, learning_rate(0, settings)).tolist()
+        losses = sum_over_processes(train_step(run, network, batch, learning_rate(0, settings))).tolist()
         seconds = time.perf_counter() - started
-        print(f"step in {seconds:.2f} s, after {started - before:.2f} s for its images; loss {sum(losses[:2]):.3f}")
+        say(f"step in {seconds:.2f} s, after {started - before:.2f} s for its images; loss {sum(losses[:2]):.3f}")
     if test_loader:
-        loss = validate(list(itertools.islice(test_loader, 1)), run.model, run.criterion, run.precision)
-        print(f"validation loss of a batch: {loss:.3f}")
+        batch = list(itertools.islice(test_loader, 1))
+        result = validate(batch, run.model, run.criterion, run.precision, settings.validate_map)
+        say("validation of a batch: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     if device.type == "cuda":
-        print(f"memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
+        say(f"memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
     hours = (settings.iterations - run.iteration) * seconds / 3600
-    n_epochs = settings.iterations * settings.batch_size / len(run.dataset)
-    print(f"{settings.batch_size / seconds:.1f} images/s; {settings.iterations} iterations are {n_epochs:.1f} epochs "
-          f"and take about {hours:.1f} hours at that speed; nothing was written")  # fmt: skip
+    say(f"{settings.batch_size / seconds:.1f} images/s; {settings.iterations} iterations are {run.n_epochs:.1f} epochs "
+        f"and take about {hours:.1f} hours at that speed; nothing was written")  # fmt: skip
 
 
 def compile_network(model, batch_size, precision):

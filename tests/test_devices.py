@@ -1,6 +1,7 @@
 """Precision, compilation and what a GPU must not be made to wait for."""
 
 import argparse
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 
 import train
-from devices import batches_on, choose_precision, count_cores, mixed_precision
+from checkpoints import load_checkpoint
+from devices import (
+    batches_on,
+    choose_precision,
+    count_cores,
+    gather_over_processes,
+    make_deterministic,
+    mixed_precision,
+)
 from model import SSD300, MultiBoxLoss
 from utils import InputError
 
@@ -108,6 +117,40 @@ def test_a_network_that_cannot_be_compiled_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: fail)
     with pytest.raises(InputError, match=r"^--compile: PyTorch cannot compile the network here \(no compiler\)"):
         train.compile_network(SSD300(2, pretrained=False), 1, "fp32")
+
+
+def test_what_is_deterministic_refuses_what_is_not(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    indices = torch.zeros(1, 1, 2, 2, dtype=torch.long)
+    try:
+        make_deterministic()
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            torch.nn.functional.max_unpool2d(torch.ones(1, 1, 2, 2), indices, 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (3, 2), (1, 0)])
+def test_what_processes_gather_is_in_the_order_of_one(lengths, monkeypatch):
+    lists = [[(i, rank) for i in range(n)] for rank, n in enumerate(lengths)]
+    monkeypatch.setattr("devices.n_processes", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, own: out.__setitem__(slice(None), lists))
+    assert gather_over_processes(lists[0]) == sorted(lists[0] + lists[1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_a_deterministic_run_is_resumed_bit_for_bit(precision, sample, tmp_path, run):
+    """Six iterations against three and three; both with deterministic algorithms."""
+    arguments = ("--data-folder", sample, "--no-pretrained", "--batch-size", 4, "--workers", 0, "--warmup", 3,
+                 "--deterministic", "--precision", precision)  # fmt: skip
+    run("train.py", *arguments, "--output-folder", tmp_path / "whole", "--iterations", 6)
+    run("train.py", *arguments, "--output-folder", tmp_path / "parts", "--iterations", 3)
+    run("train.py", "--resume", tmp_path / "parts" / "checkpoint.pth", "--iterations", 6)
+    whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][name]), name
 
 
 @needs_gpu

@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 
 import runs
 import train
 from checkpoints import load_checkpoint
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
 from devices import Interruption
+from eval import evaluate
 
 TRAIN = str(Path(train.__file__))
 RECIPE = ("--no-pretrained", "--batch-size", 1, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
-          "--iterations", 4, "--checkpoint-every", 1, "--validate-every", 4)  # fmt: skip
+          "--iterations", 4, "--checkpoint-every", 1, "--validate-every", 4, "--validate-map", "--tensorboard",
+          "--deterministic")  # fmt: skip
 
 
 def start(*arguments, launcher=(), **options):
@@ -39,14 +42,14 @@ def finish(process, status=0):
 
 def losses_logged(folder):
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    keys = "event", "iteration", "loss", "confidence_loss", "localization_loss", "gradient_norm", "lr"
+    keys = "event", "iteration", "loss", "confidence_loss", "localization_loss", "gradient_norm", "lr", "mAP_11_point"
     return [{key: record.get(key) for key in keys} for record in records if record["event"] != "start"]
 
 
 def assert_same_runs(folder, other):
     ours, theirs = (load_checkpoint(path / "checkpoint.pth") for path in (folder, other))
-    assert [ours[name] for name in ("iteration", "best_loss", "pending")] == [
-        theirs[name] for name in ("iteration", "best_loss", "pending")
+    assert [ours[name] for name in ("iteration", "best_loss", "best_map", "pending")] == [
+        theirs[name] for name in ("iteration", "best_loss", "best_map", "pending")
     ]
     for name, value in ours["model"].items():
         assert torch.equal(value, theirs["model"][name]), name
@@ -81,7 +84,7 @@ def train_with_kills(sample, folder, rng, mean_seconds):
         arguments = ("--resume", folder / "checkpoint.pth") if begun else ("--data-folder", sample, *RECIPE)
         process = start(*arguments, "--output-folder", folder)
         try:
-            printed = process.communicate(timeout=4 + rng.expovariate(1 / mean_seconds))[0]
+            printed = process.communicate(timeout=6 + rng.expovariate(1 / mean_seconds))[0]
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -178,6 +181,73 @@ def test_a_validation_that_is_interrupted_is_made_up_for(run, tmp_path):
     assert load_checkpoint(tmp_path / "best.pth")["best_loss"] == resumed.best_loss < float("inf")
 
 
+def test_a_validation_finds_the_map_that_eval_finds_and_the_model_trains_on(run, monkeypatch):
+    loader = torch.utils.data.DataLoader(
+        PascalVOCDataset(run.settings.data_folder, "TEST", True), collate_fn=collate_fn
+    )
+    objects = [(boxes[0], labels[0], torch.rand(len(labels[0]))) for _, boxes, labels, _ in loader]
+
+    def found(n_missed):  # of the first image's objects, in place of what the untrained network finds
+        kept = [tuple(part[n_missed if number == 0 else 0 :] for part in image) for number, image in enumerate(objects)]
+        detections = iter(kept)
+        return lambda *_: [[part] for part in next(detections)]
+
+    means = []
+    for n_missed in (0, 1):
+        monkeypatch.setattr(run.model, "detect_objects", found(n_missed))
+        means.append(runs.validate(loader, run.model, run.criterion, "fp32", with_map=True)["mAP_11_point"])
+        assert run.model.training
+        monkeypatch.setattr(run.model, "detect_objects", found(n_missed))
+        assert evaluate(loader, run.model)["mAP_11_point"] == means[-1]
+        run.model.train()
+    assert means[0] == 1 > means[1] > 0
+
+
+@pytest.mark.parametrize(("by_map", "best_at"), [(False, [1, 2, 2]), (True, [1, 1, 3])])
+def test_the_best_network_goes_by_what_it_is_told_to(by_map, best_at, run, tmp_path, monkeypatch):
+    run.settings.validate_map = by_map
+    for iteration, (loss, mean) in enumerate(((3.0, 0.5), (2.0, 0.4), (4.0, 0.6)), start=1):
+        run.iteration = iteration
+        result = {"loss": loss} | ({"mAP_11_point": mean} if by_map else {})
+        monkeypatch.setattr(runs, "validate", lambda *_, result=result: result)
+        run.validate(None, None)
+        assert load_checkpoint(tmp_path / "best.pth")["iteration"] == best_at[iteration - 1]
+    run.save("checkpoint.pth")
+    resumed = train.build(train.parse_settings(["--resume", str(tmp_path / "checkpoint.pth")]), torch.device("cpu"))
+    assert (resumed.best_loss, resumed.best_map) == (2.0, 0.6 if by_map else -1.0)
+
+
+def test_tensorboard_shows_the_log_and_hides_what_a_resumed_run_makes_anew(run, tmp_path):
+    run.test_set = PascalVOCDataset(run.settings.data_folder, "TEST", True)
+    run.open_board()
+    for iteration in (1, 2, 3):
+        run.iteration = iteration
+        run.append({"event": "train", "iteration": iteration, "loss": 10.0 - iteration})
+    run.iteration = 2  # of the last checkpoint before it was killed
+    run.settings.resume = "checkpoint.pth"
+    run.open_board()
+    run.iteration = 3
+    run.append({"event": "train", "iteration": 3, "loss": 6.0})
+    run.append({"event": "validation", "iteration": 3, "loss": 5.0, "mAP_11_point": 0.25})
+    assert run.model.training
+    board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 6.0)]
+    assert [event.value for event in board.Scalars("validation/mAP_11_point")] == [0.25]
+    assert board.Tags()["images"] == [f"test image {number}" for number in range(3)]
+    (shown,) = board.Images("test image 0")
+    with Image.open(run.test_set.images[0]) as image:
+        assert (shown.width, shown.height, shown.step) == (2 * image.width, image.height, 3)
+
+
+def test_settings_that_cannot_be_had_are_refused_before_the_work(sample, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(train.InputError, match="pip install tensorboard"):
+        train.parse_settings(["--data-folder", str(sample), "--tensorboard"])
+    with pytest.raises(train.InputError, match="goes with --validate-every"):
+        train.parse_settings(["--data-folder", str(sample), "--validate-map"])
+
+
 def test_a_disk_that_takes_no_checkpoint_leaves_the_old_one_and_is_an_error_only_at_the_end(run, tmp_path, monkeypatch):
     printed = []
     monkeypatch.setattr(runs, "warn", printed.append)
@@ -198,7 +268,7 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_old_one_and_is_an_error_only
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     (tmp_path / "log.jsonl").mkdir()
     run.append({"event": "train"})
-    assert "log.jsonl: cannot be written" in printed[-1]
+    assert f"{tmp_path}: the log cannot be written" in printed[-1]
 
 
 def test_a_gradient_that_is_not_finite_names_the_images_and_has_a_status_of_its_own(run):
@@ -280,6 +350,7 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
         # Relative to the largest weight of the layer: biases begin at 0, and after three steps are all rounding.
         scale = one["model"].get(name.replace(".bias", ".weight")).abs().max()
         assert (value - two["model"][name]).abs().max() <= 1e-5 * scale, name
+    assert two["best_map"] == pytest.approx(one["best_map"], abs=1e-3)
     assert two["best_loss"] == pytest.approx(one["best_loss"], rel=1e-5)
     for ours, theirs in zip(losses_logged(tmp_path / "one"), losses_logged(tmp_path / "two"), strict=True):
         assert [ours["event"], ours["iteration"]] == [theirs["event"], theirs["iteration"]]
@@ -307,6 +378,6 @@ def test_a_dry_run_tells_what_a_training_takes_and_leaves_nothing(sample, tmp_pa
     arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *RECIPE, "--dry-run")
     printed = finish(start(*arguments, cwd=tmp_path))
     assert "4 iterations are 0.7 epochs" in printed
-    assert "validation loss of a batch: " in printed
+    assert "validation of a batch: loss " in printed
     assert "images/s" in printed
     assert list(tmp_path.iterdir()) == []
