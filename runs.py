@@ -129,10 +129,10 @@ class Run:
         try:
             save_checkpoint(self.path(name), self.model, self.optimizer, self.scaler, progress, vars(self.settings))
         except (OSError, RuntimeError) as error:  # torch.save raises either where the disk is full
-            reason = str(error).strip().splitlines()[0]
+            reason = getattr(error, "strerror", None) or "PyTorch could not write it, the disk may be full"
             message = f"{self.path(name)}: iteration {self.iteration} cannot be saved ({reason}); an earlier file stays"
             if must:
-                raise InputError(f"{message}; make room, then go on with --resume") from error
+                raise InputError(f"{message}; put that right, then go on with --resume") from error
             warn(f"{message}; training goes on")
 
     def check(self, losses, batches):
@@ -193,7 +193,7 @@ class Run:
             image = upright_rgb(read_image(path))
             labels = [names[label] for label in objects["labels"]]
             truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels])
-            found = annotate(image, find_objects(image, self.model, 0.2, MAX_OVERLAP, TOP_K), colors)
+            found = annotate(image, find_objects(image, self.model, 0.2, MAX_OVERLAP, top_k=10), colors)
             picture = np.concatenate([truth, found], axis=1)
             self.board.add_image(f"test image {number}", picture, self.iteration, dataformats="HWC")
         self.model.train()

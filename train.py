@@ -7,6 +7,7 @@ torchrun --nproc-per-node=8 train.py --data-folder data/voc --output-folder runs
 """
 
 import argparse
+import glob
 import itertools
 import json
 import os
@@ -287,6 +288,9 @@ def train(settings):
         os.makedirs(settings.output_folder, exist_ok=True)
         if not settings.resume and os.path.exists(run.path("best.pth")):  # an earlier run's
             os.remove(run.path("best.pth"))
+        for name in ("checkpoint.pth", "best.pth", "log.jsonl"):
+            for half_written in glob.glob(f"{glob.escape(run.path(name))}.*.tmp"):  # when an earlier run was killed
+                os.remove(half_written)
         description = describe_run(settings, run.model, precision)
         run.prepare_log(description)
         print(json.dumps(description, indent=2))

@@ -30,7 +30,7 @@ import eval as eval_script
 import train
 from create_data_lists import make_sample
 from datasets import PascalVOCDataset, collate_fn
-from devices import choose_precision, count_cores
+from devices import choose_precision, count_cores, make_deterministic
 from model import SSD300, MultiBoxLoss
 from utils import IMAGENET_MEAN, IMAGENET_STD, calculate_mAP, run_command
 
@@ -208,7 +208,11 @@ def time_steps(device, with_compilation):
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     matrix_rate = 2 * 8192**3 / gpu_seconds(lambda: matrix @ matrix)
     print_row("bf16 matrix product, 8192 x 8192", "", f"{matrix_rate / 1e12:.0f} TFLOP/s", "")
-    modes = {"fp32": ("fp32", False, False), "bf16, channels last": ("bf16", True, False)}
+    modes = {
+        "fp32": ("fp32", False, False),
+        "bf16, channels last": ("bf16", True, False),
+        "bf16, channels last, deterministic": ("bf16", True, False),
+    }
     if with_compilation:
         modes["bf16, channels last, compiled"] = ("bf16", True, True)
     rates = {}
@@ -217,6 +221,7 @@ def time_steps(device, with_compilation):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             choose_precision(precision, device)
+            torch.use_deterministic_algorithms(name.endswith("deterministic"))
             torch.manual_seed(0)
             model = SSD300(21, pretrained=False).to(device)
             images = torch.randn(n_images, 3, 300, 300, device=device)
@@ -242,6 +247,7 @@ def time_steps(device, with_compilation):
                 print_row(
                     f"loss alone, batch {n_images}", "", f"{1000 * loss:.2f} ms", f"{loss / step:.1%} of the step"
                 )
+    torch.use_deterministic_algorithms(False)
     return max(rate for (n_images, _), rate in rates.items() if n_images == STEP_BATCHES[0])
 
 
@@ -287,6 +293,8 @@ def main():
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}")  # fmt: skip
     if settings.device == "cuda":
+        make_deterministic()  # from the start or never
+        torch.use_deterministic_algorithms(False)
         print(torch.cuda.get_device_name())
     print_row("part", "loop version or bound", "ours", "ratio")
     with tempfile.TemporaryDirectory() as folder:

@@ -80,6 +80,12 @@ def train_with_kills(sample, folder, rng, mean_seconds):
     while True:
         begun = (folder / "checkpoint.pth").exists()
         if begun and load_checkpoint(folder / "checkpoint.pth")["iteration"] == 4:  # readable at any time
+            assert {path.name for path in folder.iterdir()} == {
+                "checkpoint.pth",
+                "best.pth",
+                "log.jsonl",
+                "tensorboard",
+            }
             return kills
         arguments = ("--resume", folder / "checkpoint.pth") if begun else ("--data-folder", sample, *RECIPE)
         process = start(*arguments, "--output-folder", folder)
@@ -261,8 +267,9 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_old_one_and_is_an_error_only
         monkeypatch.setattr(torch, "save", fail)
         run.iteration = 7
         run.save("checkpoint.pth")
-        assert f"{tmp_path / 'checkpoint.pth'}: iteration 7 cannot be saved" in printed[-1]
-        with pytest.raises(train.InputError, match="make room, then go on with --resume"):
+        reason = getattr(error, "strerror", "PyTorch could not write it, the disk may be full")
+        assert f"{tmp_path / 'checkpoint.pth'}: iteration 7 cannot be saved ({reason})" in printed[-1]
+        with pytest.raises(train.InputError, match="put that right, then go on with --resume"):
             run.save("checkpoint.pth", must=True)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
