@@ -1,18 +1,53 @@
-"""Everything before training: lists from Pascal VOC folders, or a small synthetic data set to try things with.
+"""Everything before training: lists of what lies in Pascal VOC's layout, checked; VOC itself; a synthetic sample.
 
+python create_data_lists.py --download data --output-folder data/voc
 python create_data_lists.py --voc07 VOCdevkit/VOC2007 --voc12 VOCdevkit/VOC2012 --output-folder data/voc
+python create_data_lists.py --train mine:train --test mine:val --labels auto --output-folder lists --check --preview 8
+python create_data_lists.py --train mine --split 0.8 --labels classes.txt --output-folder lists
 python create_data_lists.py --sample --output-folder data/sample
 """
 
 import argparse
 import os
+import socket
+import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image, ImageDraw
+from torchvision.datasets.utils import check_integrity, download_url
 
-from utils import InputError, create_data_lists, label_map, make_label_map, read_json, run_command
+from checks import THRESHOLD, best_prior_overlaps, check, preview, print_problems
+from datasets import PascalVOCDataset
+from utils import (
+    InputError,
+    atomic_writer,
+    create_data_lists,
+    label_map,
+    label_objects,
+    make_label_map,
+    read_annotations,
+    read_json,
+    read_labels,
+    read_split,
+    run_command,
+    split_at_random,
+    write_data_lists,
+)
+
+# The archives of Pascal VOC: year, name, MD5 as torchvision.datasets.VOCDetection knows it.
+VOC_ARCHIVES = (
+    ("voc2007", "VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),
+    ("voc2007", "VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"),
+    ("voc2012", "VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),
+)
+VOC_MIRRORS = (
+    "https://thor.robots.ox.ac.uk/pascal/VOC/{year}/{name}",
+    "http://host.robots.ox.ac.uk/pascal/VOC/{year}/{name}",
+    "https://pjreddie.com/media/files/{name}",
+)
 
 SAMPLE_LABELS = ("disc", "rectangle", "triangle", "star", "ring")
 SAMPLE_SIZES = ((320, 240), (240, 320), (300, 300), (400, 300))  # of images, pixels
@@ -26,19 +61,137 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--voc07", help="folder VOC2007: trainval is for training, test for testing")
-    parser.add_argument("--voc12", help="folder VOC2012: its trainval is for training, too")
-    parser.add_argument("--output-folder", required=True, help="gets the lists")
-    parser.add_argument("--sample", action="store_true", help="make a small synthetic data set there, and its lists")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample [%(default)s]")
+    add = parser.add_argument
+    add("--output-folder", required=True, help="gets the lists")
+    add("--download", metavar="DIR", help="fetch VOC2007 and VOC2012 to DIR/VOCdevkit first, what is not there already")
+    add("--voc07", metavar="ROOT", help="folder VOC2007: trainval is for training, test for testing")
+    add("--voc12", metavar="ROOT", help="folder VOC2012: its trainval is for training, too")
+    add("--train", nargs="+", metavar="ROOT[:SPLIT]",
+        help="folders in VOC's layout to train on; SPLIT is a file in ImageSets/Main [trainval]")  # fmt: skip
+    add("--test", nargs="+", metavar="ROOT[:SPLIT]", help="folders to test on [test]")
+    add("--split", type=float, metavar="SHARE",
+        help="divide all annotated images of --train at random, this share for training")  # fmt: skip
+    add("--seed", type=int, default=0, help="of --split, --preview and the sample [%(default)s]")
+    add("--labels", metavar="FILE", help="class names, one per line, or a label map in JSON; auto: those found [VOC's]")
+    add("--ignore-unknown", action="store_true", help="leave out objects of other classes")
+    add("--zero-based", action="store_true", help="the annotations' pixels count from 0, not from 1 as VOC's")
+    add("--check", action="store_true", help="read all images, too, and report what is wrong or odd")
+    add("--preview", type=int, metavar="N",
+        help="draw N training samples as the network gets them; alone, of lists made earlier")  # fmt: skip
+    add("--sample", action="store_true", help="make a small synthetic data set there, and its lists")
     settings = parser.parse_args(arguments)
-    if settings.sample == bool(settings.voc07 or settings.voc12):
-        raise InputError("give either --voc07 (and perhaps --voc12) or --sample")
+
+    sources = [bool(source) for source in (settings.sample, settings.download, settings.voc07, settings.train)]
+    if sum(sources) != 1 and not (settings.preview and not any(sources)):
+        raise InputError("give one of --train (with --test or --split), --voc07, --download and --sample")
     if settings.voc12 and not settings.voc07:
         raise InputError("--voc12 goes with --voc07, whose test split is for testing")
-    if settings.seed < 0:
-        raise InputError(f"--seed {settings.seed}: must be 0 or more")
+    if (settings.split is not None or settings.test) and not settings.train:
+        raise InputError("--test and --split go with --train; give that, too")
+    if settings.train and bool(settings.test) == (settings.split is not None):
+        raise InputError("--train: give --test ROOT[:SPLIT] or --split SHARE with it")
+    if settings.split is not None and not 0 < settings.split < 1:
+        raise InputError(f"--split {settings.split}: must lie between 0 and 1")
+    if settings.seed < 0 or (settings.preview is not None and not 1 <= settings.preview <= 200):
+        raise InputError("--seed must be 0 or more, --preview 1 to 200")
     return settings
+
+
+def find_images(settings):
+    """Return (image path, annotation path) pairs for training and for testing."""
+    if settings.split is not None:
+        return split_at_random(settings.train, settings.split, settings.seed)
+    if settings.train:
+        train = [_parse_source(source, "trainval") for source in settings.train]
+        test = [_parse_source(source, "test") for source in settings.test]
+    else:
+        train = [(root, "trainval") for root in (settings.voc07, settings.voc12) if root]
+        test = [(settings.voc07, "test")]
+    return tuple([pair for folder in folders for pair in read_split(*folder)] for folders in (train, test))
+
+
+def _parse_source(source, split):
+    root, colon, given = source.rpartition(":")
+    return (root, given) if colon and not os.path.isdir(source) else (source, split)
+
+
+def choose_classes(settings, splits):
+    """Return the label map that the settings ask for."""
+    if settings.labels != "auto":
+        return read_labels(settings.labels) if settings.labels else label_map
+    names = {name for _, annotations in splits.values() for annotation in annotations for name in annotation["names"]}
+    if not names:
+        raise InputError("--labels auto: the annotations hold no objects; give --labels FILE")
+    return make_label_map(sorted(names))
+
+
+def make_lists(settings):
+    """Make the lists that the settings ask for, checked; InputError, and nothing written, where something is wrong."""
+    splits = read_annotations(*find_images(settings), settings.zero_based)
+    classes = choose_classes(settings, splits)
+    breaking, odd = check(splits, classes, settings.check, settings.zero_based)
+    print_problems(breaking, odd)
+    lines = [line for problem in breaking.values() for line in problem]
+    if lines:
+        more = f" ({len(lines)} problems like that, listed above)" if len(lines) > 1 else ""
+        raise InputError(f"{lines[0]}{more}; nothing was written")
+    lists = label_objects(splits, classes, settings.ignore_unknown)
+    write_data_lists(lists, classes, settings.output_folder)
+    print_summary(lists, classes)
+    for split, overlaps in best_prior_overlaps(lists, splits).items():
+        if len(overlaps):
+            share = (overlaps < THRESHOLD).mean()
+            print(f"{split}: {share:.1%} of objects overlap no prior by {THRESHOLD}; they get the best there is")
+
+
+@contextmanager
+def time_limit(seconds):
+    """Have connections fail after so long without an answer."""
+    earlier = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(earlier)
+
+
+def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60):
+    """Fetch archives from the first mirror that has them whole, and unpack them; what is there already stays.
+
+    :param folder: gets the archives, and VOCdevkit from them
+    :param archives: (year, name, MD5) each
+    :param mirrors: URLs with {year} and {name}
+    :param patience: seconds without an answer after which the next mirror is tried
+    :raises InputError: naming the file to put in place, where no mirror has it
+    """
+    os.makedirs(folder, exist_ok=True)
+    for year, name, md5 in archives:
+        path = os.path.join(folder, name)
+        unpacked = f"{path}.unpacked"
+        if os.path.exists(unpacked):
+            continue
+        failures = []
+        for mirror in mirrors if not check_integrity(path, md5) else ():
+            url = mirror.format(year=year, name=name)
+            print(f"fetching {url}", flush=True)
+            try:
+                with time_limit(patience):
+                    download_url(url, folder, f"{name}.part", md5)
+                os.replace(f"{path}.part", path)
+                break
+            except Exception as error:  # servers fail in a dozen ways
+                failures.append(f"{url}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+                with suppress(FileNotFoundError):
+                    os.remove(f"{path}.part")
+        if len(failures) == len(mirrors):
+            raise InputError(f"{path}: cannot be fetched ({'; '.join(failures)}); put it there and try again")
+        print(f"unpacking {path}", flush=True)
+        try:
+            with tarfile.open(path) as archive:
+                archive.extractall(folder, filter="data")  # refuses names that lead out of the folder
+        except (tarfile.TarError, EOFError) as error:
+            raise InputError(f"{path}: cannot be unpacked ({error}); remove it and try again") from error
+        open(unpacked, "wb").close()
 
 
 def print_summary(lists, label_map):
@@ -177,15 +330,22 @@ def draw_shape(image, label, box, opacity, rng):
 def main():
     """Run the command line."""
     settings = parse_arguments()
+    folder = settings.output_folder
+    if settings.download:
+        download_voc(settings.download)
+        settings.voc07, settings.voc12 = (
+            os.path.join(settings.download, "VOCdevkit", year) for year in ("VOC2007", "VOC2012")
+        )
     if settings.sample:
-        classes = make_label_map(SAMPLE_LABELS)
-        lists = make_sample(settings.output_folder, seed=settings.seed)
-    else:
-        classes = label_map  # VOC's
-        train = [(root, "trainval") for root in (settings.voc07, settings.voc12) if root]
-        lists = create_data_lists(train, [(settings.voc07, "test")], settings.output_folder, classes)
-    print_summary(lists, classes)
-    print(f"written to {settings.output_folder}; next: python train.py --data-folder {settings.output_folder}")
+        print_summary(make_sample(folder, seed=settings.seed), make_label_map(SAMPLE_LABELS))
+    elif settings.voc07 or settings.train:
+        make_lists(settings)
+    if settings.preview:
+        picture = preview(PascalVOCDataset(folder, "TRAIN", keep_difficult=True), settings.preview, settings.seed)
+        with atomic_writer(os.path.join(folder, "preview.jpg")) as file:
+            picture.save(file, "JPEG", quality=90)
+        print(f"preview: {os.path.join(folder, 'preview.jpg')}")
+    print(f"the lists are in {folder}; next: python train.py --data-folder {folder}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
@@ -114,6 +115,26 @@ def check_label_map(label_map, source):
         )
 
 
+def read_labels(path):
+    """Return the label map of a file: one class name per line, a JSON list of names, or a JSON label map."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read these labels ({error}); give a text file, a name per line") from error
+    if text.lstrip().startswith(("{", "[")):
+        labels = read_json(path)
+        if isinstance(labels, dict):
+            check_label_map(labels, path)
+            return labels
+    else:
+        labels = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    names = [name for name in labels if name != "background"]
+    if not names or len(set(map(str, names))) < len(names) or not all(type(name) is str and name for name in names):
+        raise InputError(f"{path}: expected names of classes, each once; correct it")
+    return make_label_map(names)
+
+
 def label_color_map(label_map):
     """Return class name -> (red, green, blue) of 0-255: the same for a class at every call, far apart."""
     # Steps of the golden angle keep neighbours in the list apart, however many classes there are.
@@ -130,85 +151,223 @@ def label_color_map(label_map):
 # Pascal VOC lists
 # ---------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG", ".BMP", ".WEBP")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in small or capital letters
+MAX_COORDINATE = 1e9  # pixels; beyond it is no picture
+
+# What can be wrong with an annotation, so that nothing can be trained on it.
+UNREADABLE, NO_CLASS, NO_BOX = "annotation that cannot be read", "object without a class", "object without a box"
+NO_AREA, OUTSIDE = "box without area", "box outside its image"
 
 
-def parse_annotation(annotation_path, label_map=label_map):
-    """Read one Pascal VOC annotation.
+def read_annotation(annotation_path, zero_based=False):
+    """Read one Pascal VOC annotation, whatever classes it names.
 
-    :param annotation_path: path of the XML file; its coordinates are 1-based pixels, integer or float
-    :param label_map: class name -> index
-    :return: {"boxes": n lists (x_min, y_min, x_max, y_max) in 0-based pixels, "labels": n indices,
-        "difficulties": n of 0 or 1}; all three empty for an image without objects
-    :raises InputError: naming the file and the object, for anything that is not a valid annotation
+    :param annotation_path: path of the XML file; its coordinates are pixels, integer or float
+    :param zero_based: whether they count from 0; VOC's count from 1
+    :return: {"path": the path, "names": n class names, "boxes": n lists (x_min, y_min, x_max, y_max) in 0-based pixels,
+        "difficulties": n of 0 or 1, "size": (width, height) or None, "n_below_one": how many boxes begin below 1,
+        "problems": (what, a line that names file and object and says what to do) for all that is wrong and left out}
     """
+    annotation = {
+        "path": annotation_path, "names": [], "boxes": [], "difficulties": [], "size": None, "n_below_one": 0,
+        "problems": [],
+    }  # fmt: skip
+    problems = annotation["problems"]
     try:
+        if not os.path.isfile(annotation_path):
+            raise FileNotFoundError("there is no such file")
         root = ElementTree.parse(annotation_path).getroot()
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
-        raise InputError(f"{annotation_path}: cannot read this annotation ({error}); correct or remove it") from error
-
+        problems.append((UNREADABLE, f"{annotation_path}: cannot read this annotation ({error}); correct or remove it"))
+        return annotation
     if root.tag != "annotation":
-        raise InputError(f"{annotation_path}: its root is <{root.tag}>, not VOC's <annotation>; correct or remove it")
-    objects = {"boxes": [], "labels": [], "difficulties": []}
+        line = f"{annotation_path}: its root is <{root.tag!s:.99}>, not VOC's <annotation>; correct or remove it"
+        problems.append((UNREADABLE, line))
+        return annotation
+
+    size = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    if all(0 < side < MAX_COORDINATE for side in size):
+        annotation["size"] = size
     # Only direct children count: VOC's <part> elements have names and boxes of their own.
     for number, element in enumerate(root.findall("object"), start=1):
         name = " ".join((element.findtext("name") or "").split())
         where = f"{annotation_path}: object {number} ({name or 'no name'})"
-        if name not in label_map or name == "background":
-            known = ", ".join(other for other in label_map if other != "background")
-            raise InputError(
-                f"{where} is of no known class; correct its name, or use a label map with it (known: {known})"
-            )
         difficult = (element.findtext("difficult") or "0").strip()
-        if difficult not in ("0", "1"):
-            raise InputError(f"{where} has <difficult>{difficult}</difficult>; expected 0 or 1")
-        objects["boxes"].append(_parse_box(element, root, where))
-        objects["labels"].append(label_map[name])
-        objects["difficulties"].append(int(difficult))
-    return objects
+        texts = {corner: element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")}
+        values = {corner: _number(text) for corner, text in texts.items()}
+        # A 0-based annotation that is taken for a 1-based one must not become negative.
+        box = [max(value - (not zero_based), 0.0) for value in values.values()]
+        box = [int(value) if value.is_integer() else value for value in box]
+        x_min, y_min, x_max, y_max = box
+        if name in ("", "background"):
+            problems.append((NO_CLASS, f"{where} is of no known class; correct its name"))
+        elif difficult not in ("0", "1"):
+            problems.append((NO_BOX, f"{where} has <difficult>{difficult:.99}</difficult>; expected 0 or 1"))
+        elif max(box) >= MAX_COORDINATE:
+            corner = max(values, key=values.get)
+            line = f"{where} has {corner} {texts[corner]!r:.99} in its bndbox; expected a number of pixels"
+            problems.append((NO_BOX, line))
+        elif x_min >= x_max or y_min >= y_max:
+            line = f"{where} has a box without area, {box} in 0-based pixels; correct or remove the object"
+            problems.append((NO_AREA, line))
+        elif annotation["size"] and (x_min >= size[0] or y_min >= size[1]):
+            side, pixels = ("width", size[0]) if x_min >= size[0] else ("height", size[1])
+            line = f"{where} has a box outside the image's {side} of {pixels:g} pixels; correct or remove it"
+            problems.append((OUTSIDE, line))
+        else:
+            annotation["names"].append(name)
+            annotation["boxes"].append(box)
+            annotation["difficulties"].append(int(difficult))
+            annotation["n_below_one"] += min(values["xmin"], values["ymin"]) < 1
+    return annotation
 
 
-def _parse_box(element, root, where):
-    """Return one object's box in 0-based pixels, whole numbers as integers."""
-    box = []
-    for corner in ("xmin", "ymin", "xmax", "ymax"):
-        text = element.findtext(f"bndbox/{corner}")
-        try:
-            value = float(text)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise InputError(f"{where} has {corner} {text!r} in its bndbox; expected a number of pixels")
-        # VOC counts pixels from 1; a 0-based annotation must not become negative.
-        value = max(value - 1, 0.0)
-        box.append(int(value) if value.is_integer() else value)
-    x_min, y_min, x_max, y_max = box
-    if x_min >= x_max or y_min >= y_max:
-        raise InputError(f"{where} has a box without area, {box} in 0-based pixels; correct or remove the object")
-    for corner, side in ((x_min, "width"), (y_min, "height")):
-        size = (root.findtext(f"size/{side}") or "").strip()
-        if size.isdecimal() and 0 < int(size) <= corner:
-            raise InputError(f"{where} has a box outside the image's {side} of {size} pixels; correct or remove it")
-    return box
+def _number(text):
+    """Return the number that a text of an annotation is; infinity where it is none."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return math.inf
+    return value if math.isfinite(value) else math.inf
 
 
-def _read_split(root, split):
-    """Yield (image path, annotation path) of a VOC folder's split, as ImageSets/Main/SPLIT.txt names them."""
+def parse_annotation(annotation_path, label_map=label_map, zero_based=False):
+    """Read one Pascal VOC annotation.
+
+    :param annotation_path: path of the XML file; its coordinates are pixels, integer or float
+    :param label_map: class name -> index
+    :param zero_based: whether they count from 0; VOC's count from 1
+    :return: {"boxes": n lists (x_min, y_min, x_max, y_max) in 0-based pixels, "labels": n indices,
+        "difficulties": n of 0 or 1}; all three empty for an image without objects
+    :raises InputError: naming the file and the object, for anything that is not a valid annotation
+    """
+    annotation = read_annotation(annotation_path, zero_based)
+    for _, line in annotation["problems"]:
+        raise InputError(line)
+    return label_objects({"": ([], [annotation])}, label_map)[""][1][0]
+
+
+def read_split(root, split):
+    """Return (image path, annotation path) of the images that a VOC folder's ImageSets/Main/SPLIT.txt names."""
     root = os.path.abspath(root)
     split_file = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
     try:
-        with open(split_file, encoding="utf-8") as file:
-            names = [line.split()[0] for line in file if line.strip()]
+        if not os.path.isfile(split_file):
+            raise FileNotFoundError("there is no such file")
+        with open(split_file, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{split_file}: cannot read this split ({error}); {root} must be a VOC folder") from error
-    if not names:
+    if not lines:
         raise InputError(f"{split_file}: names no images; add one image name per line")
-    for name in names:
-        stem = os.path.join(root, "JPEGImages", name)
-        image = next((stem + suffix for suffix in IMAGE_SUFFIXES if os.path.isfile(stem + suffix)), None)
-        if image is None:
-            raise InputError(f"{stem}.jpg: no such image, though {split_file} names it; add it or drop the line")
-        yield image, os.path.join(root, "Annotations", f"{name}.xml")
+    images = _find_images(root)
+    pairs = []
+    for line in lines:
+        # A line is a name, which may hold spaces or the suffix; VOC's files of a class have a number after it.
+        names = (line, os.path.splitext(line)[0], line.split()[0])
+        name = next((name for name in names if name in images), None)
+        if name is None:
+            image = os.path.join(root, "JPEGImages", f"{names[-1]:.200}.jpg")
+            raise InputError(f"{image}: no such image, though {split_file} names it; add it or drop the line")
+        pairs.append((images[name], os.path.join(root, "Annotations", f"{name}.xml")))
+    return pairs
+
+
+def split_at_random(roots, share, seed):
+    """Divide all images with an annotation of VOC folders at random; return two lists as `read_split` does.
+
+    :param share: of the images that go to the first list; each list gets one at least
+    :param seed: the same seed, the same lists, in whatever order the folders give their files
+    """
+    pairs = []
+    for root in map(os.path.abspath, roots):
+        folder = os.path.join(root, "Annotations")
+        try:
+            names = sorted(name for name in os.listdir(folder) if name.endswith(".xml"))
+        except OSError as error:
+            raise InputError(f"{folder}: cannot list it ({error}); {root} must be a VOC folder") from error
+        images = _find_images(root)
+        for name in names:
+            stem = name.removesuffix(".xml")
+            if stem not in images:
+                raise InputError(f"{os.path.join(folder, name)}: no image of this name in JPEGImages; add or remove it")
+            pairs.append((images[stem], os.path.join(folder, name)))
+    if len(pairs) < 2:
+        raise InputError(f"{roots[0]}: has {len(pairs)} annotated images, which cannot be divided; give more")
+    order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+    n_first = min(max(round(share * len(pairs)), 1), len(pairs) - 1)
+    return [pairs[index] for index in sorted(order[:n_first])], [pairs[index] for index in sorted(order[n_first:])]
+
+
+def _find_images(root):
+    """Return name without suffix -> path of the images in a VOC folder."""
+    folder = os.path.join(root, "JPEGImages")
+    try:
+        with os.scandir(folder) as entries:
+            paths = sorted(entry.path for entry in entries if entry.is_file())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot list it ({error}); {root} must be a VOC folder") from error
+    parts = [(os.path.splitext(os.path.basename(path)), path) for path in paths]
+    # Where a name has several suffixes, the first of ours counts.
+    by_suffix = sorted(
+        ((IMAGE_SUFFIXES.index(suffix.lower()), name, path) for (name, suffix), path in parts
+         if suffix.lower() in IMAGE_SUFFIXES), reverse=True,
+    )  # fmt: skip
+    return {name: path for _, name, path in by_suffix}
+
+
+def read_annotations(train, test, zero_based=False):
+    """Read the annotations of both splits.
+
+    :param train, test: (image path, annotation path) pairs
+    :return: {"TRAIN": (image paths, annotations), "TEST": the same}, annotations as `read_annotation` returns them
+    """
+    splits = {}
+    for split, pairs in (("TRAIN", train), ("TEST", test)):
+        progress = tqdm(pairs, f"{split} annotations", unit="", leave=False, disable=None)
+        annotations = [read_annotation(path, zero_based) for _, path in progress]
+        splits[split] = [image for image, _ in pairs], annotations
+    return splits
+
+
+def label_objects(splits, label_map, ignore_unknown=False):
+    """Turn class names into indices.
+
+    :param splits: what `read_annotations` returns
+    :param ignore_unknown: leave objects out whose class the label map has not
+    :return: {"TRAIN": (image paths, objects), "TEST": the same}, objects as `parse_annotation` returns them
+    :raises InputError: with all unknown names and how often they occur
+    """
+    unknown, where, lists = Counter(), None, {}
+    for split, (images, annotations) in splits.items():
+        objects = []
+        for annotation in annotations:
+            labels = [label_map.get(name) for name in annotation["names"]]
+            if None in labels:
+                number = labels.index(None)
+                where = where or f"{annotation['path']}: object {number + 1} ({annotation['names'][number]})"
+                unknown.update(name for name in annotation["names"] if name not in label_map)
+            known = [index for index, label in enumerate(labels) if label is not None]
+            parts = {"boxes": annotation["boxes"], "labels": labels, "difficulties": annotation["difficulties"]}
+            objects.append({key: [values[index] for index in known] for key, values in parts.items()})
+        lists[split] = images, objects
+    if unknown and not ignore_unknown:
+        names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common())
+        known = ", ".join(name for name in label_map if name != "background")
+        raise InputError(
+            f"{where} is of no known class; unknown in all are {names:.999}; give classes with --labels FILE, take all "
+            f"with --labels auto, or leave these out with --ignore-unknown (known: {known:.999})"
+        )
+    return lists
+
+
+def write_data_lists(lists, label_map, output_folder):
+    """Write what `label_objects` returns, and the label map, as the JSON lists that the data set reads."""
+    files = {"label_map": label_map}
+    for split, (images, objects) in lists.items():
+        files |= {f"{split}_images": images, f"{split}_objects": objects}
+    os.makedirs(output_folder, exist_ok=True)
+    write_json({os.path.join(output_folder, f"{name}.json"): value for name, value in files.items()})
 
 
 def create_data_lists(train, test, output_folder, label_map=label_map):
@@ -224,19 +383,14 @@ def create_data_lists(train, test, output_folder, label_map=label_map):
     :return: {"TRAIN": (images, objects), "TEST": (images, objects)}, the lists that were written
     :raises InputError: naming the file, when one is missing or wrong
     """
-    lists = {}
-    for split, folders in (("TRAIN", train), ("TEST", test)):
-        pairs = [pair for root, name in folders for pair in _read_split(root, name)]
-        progress = tqdm(pairs, f"{split} annotations", unit="", leave=False, disable=None)
-        objects = [parse_annotation(annotation, label_map) for _, annotation in progress]
-        lists[split] = ([image for image, _ in pairs], objects)
-
-    files = {}
-    for split, (images, objects) in lists.items():
-        files |= {f"{split}_images": images, f"{split}_objects": objects}
-    files["label_map"] = label_map
-    os.makedirs(output_folder, exist_ok=True)
-    write_json({os.path.join(output_folder, f"{name}.json"): value for name, value in files.items()})
+    train, test = ([pair for folder in folders for pair in read_split(*folder)] for folders in (train, test))
+    splits = read_annotations(train, test)
+    for _, annotations in splits.values():
+        for annotation in annotations:
+            for _, line in annotation["problems"]:
+                raise InputError(line)
+    lists = label_objects(splits, label_map)
+    write_data_lists(lists, label_map, output_folder)
     return lists
 
 
@@ -278,7 +432,7 @@ def _is_valid_entry(entry, n_classes):
 def read_json(path):
     """Return what the JSON file `path` holds; InputError where it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
