@@ -59,7 +59,9 @@ def check(splits, label_map, with_images=False, zero_based=False):
             _check_boxes(annotation, breaking, odd)
         missing = [name for name in label_map if not present[name] and name != "background"]
         odd[f"class without objects in {split}"] += missing
-    return tuple({problem: lines for problem, lines in found.items() if lines} for found in (breaking, odd))
+    return tuple(
+        {problem: list(dict.fromkeys(lines)) for problem, lines in found.items() if lines} for found in (breaking, odd)
+    )  # an image may be in both splits
 
 
 def _check_images(splits, breaking, odd):

@@ -115,11 +115,18 @@ def check_label_map(label_map, source):
         )
 
 
+def read_text(path):
+    """Return the text of a file in UTF-8; OSError or UnicodeDecodeError where there is none, as in a pipe or device."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError("there is no such file")
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read()
+
+
 def read_labels(path):
     """Return the label map of a file: one class name per line, a JSON list of names, or a JSON label map."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read these labels ({error}); give a text file, a name per line") from error
     if text.lstrip().startswith(("{", "[")):
@@ -252,10 +259,7 @@ def read_split(root, split):
     root = os.path.abspath(root)
     split_file = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
     try:
-        if not os.path.isfile(split_file):
-            raise FileNotFoundError("there is no such file")
-        with open(split_file, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file if line.strip()]
+        lines = [line.strip() for line in read_text(split_file).split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{split_file}: cannot read this split ({error}); {root} must be a VOC folder") from error
     if not lines:
@@ -432,8 +436,7 @@ def _is_valid_entry(entry, n_classes):
 def read_json(path):
     """Return what the JSON file `path` holds; InputError where it cannot be read."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+        return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: cannot read this JSON file ({error}); run create_data_lists.py to make it"

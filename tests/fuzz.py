@@ -1,0 +1,261 @@
+"""Feed broken annotations, splits, lists and labels to what reads them: each must work, or end with the file's name.
+
+python tests/fuzz.py --cases 10000
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import create_data_lists as script
+from datasets import PascalVOCDataset
+from utils import InputError
+
+SECONDS = 10  # a case may take
+OBJECT = (
+    "<object><name>cat</name><difficult>0</difficult><part><name>head</name><bndbox><xmin>3</xmin><ymin>3</ymin>"
+    "<xmax>9</xmax><ymax>9</ymax></bndbox></part><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+    "</bndbox></object>"
+)
+ANNOTATION = (
+    '<?xml version="1.0" encoding="utf-8"?>\n<annotation><filename>a.jpg</filename><size><width>40</width>'
+    f"<height>30</height><depth>3</depth></size>{OBJECT.format(2, 2, 20, 20)}{OBJECT.format(5, 6, 39, 29)}</annotation>"
+)
+BOMB = (
+    '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">' + "".join(
+        f'<!ENTITY {new} "{f"&{old};" * 10}">' for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+    ) + "]><annotation><object><name>&j;</name></object></annotation>"
+)  # fmt: skip
+VALUES = (
+    "", "-5", "1e3", "1e400", "-1e400", "nan", "inf", "9" * 400, "١٢", "0x1f", "1_0", "cat", "1,5", "None", "\u2028",
+    "0.0000001", "1e-320", "999999999", "1e9", " 7 ", "true", "<b/>", "&amp;", "&j;", "\x00",
+)  # fmt: skip
+NAMES = (
+    "../a",
+    "/etc/passwd",
+    "a/../../a",
+    "a\nb",
+    "a.jpg",
+    "b",
+    "a 1",
+    "~",
+    "$(touch x)",
+    "a" * 5000,
+    "\ufeffa",
+    "a\x00b",
+)
+ENCODINGS = ("utf-16", "utf-32", "latin-1", "cp037", "utf-7", "utf-8-sig", "shift_jis")
+
+
+def mutate_bytes(content, rng):
+    """Flip, drop, double, insert or cut bytes."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 5, 20))):
+        place, length = rng.randrange(len(content) + 1), rng.choice((1, 1, 3, 30))
+        way = rng.randrange(5)
+        if way == 0 and place < len(content):
+            content[place] ^= 1 << rng.randrange(8)
+        elif way == 1:
+            del content[place : place + length]
+        elif way == 2:
+            content[place:place] = content[place : place + length]
+        elif way == 3:
+            content[place:place] = rng.randbytes(length)
+        elif rng.random() < 0.2:
+            del content[place:]
+    return bytes(content)
+
+
+def mutate_annotation(rng):
+    """Return the bytes of an annotation with something wrong or unusual."""
+    way = rng.randrange(8)
+    if way == 0:
+        return mutate_bytes(ANNOTATION.encode(), rng)
+    if way == 1:  # a value or a name in place of another
+        numbers = [part for part in ("2", "20", "39", "29", "0", "40", "30", "cat") if f">{part}<" in ANNOTATION]
+        return ANNOTATION.replace(f">{rng.choice(numbers)}<", f">{rng.choice(VALUES)}<", rng.choice((1, 9))).encode()
+    if way == 2:  # elements dropped, doubled, moved
+        tags = ANNOTATION.replace("><", ">\n<").split("\n")
+        for _ in range(rng.choice((1, 2, 4))):
+            index, other = rng.randrange(len(tags)), rng.randrange(len(tags))
+            change = rng.randrange(3)
+            if change == 0:
+                tags.insert(other, tags[index])
+            elif change == 1 and len(tags) > 1:
+                del tags[index]
+            else:
+                tags[index], tags[other % len(tags)] = tags[other % len(tags)], tags[index]
+        return "".join(tags).encode()
+    if way == 3:
+        encoding = rng.choice(ENCODINGS)
+        declared = rng.choice((encoding, "utf-8", "ascii", "nonsense"))
+        return ANNOTATION.replace("utf-8", declared).encode(encoding, "replace")
+    if way == 4:
+        return rng.choice((BOMB.encode(), b"", b"<annotation/>", b"\x00" * 100, b"<a>" * 20_000, b"<html/>"))
+    if way == 5:
+        doctype = f'<!DOCTYPE x [<!ENTITY j SYSTEM "file:///etc/passwd">]>{ANNOTATION[38:]}'
+        return doctype.replace(">cat<", ">&j;<").encode()
+    if way == 6:  # a box of any kind
+        corners = [rng.choice((*VALUES, *map(str, range(-5, 60)))) for _ in range(4)]
+        return ANNOTATION.replace("</annotation>", OBJECT.format(*corners) + "</annotation>").encode()
+    return ANNOTATION.replace("<object>", "<object>" * rng.choice((1, 2, 50)), 1).encode()
+
+
+def mutate_list(value, rng):
+    """Return a JSON value with one thing changed at a random depth."""
+    odd = [None, True, -1, 0, 1e308, float("nan"), float("inf"), "x", "", [], {}, [[]], 10**30, "../a", 0.5]
+    if rng.random() < 0.3 or not isinstance(value, (list, dict)) or not value:
+        return rng.choice(odd)
+    value = json.loads(json.dumps(value))
+    if isinstance(value, dict):
+        key = rng.choice(list(value))
+        if rng.random() < 0.2:
+            del value[key]
+        else:
+            value[key] = mutate_list(value[key], rng)
+        return value
+    index = rng.randrange(len(value))
+    way = rng.randrange(4)
+    if way == 0:
+        del value[index]
+    elif way == 1:
+        value.insert(rng.randrange(len(value)), value[index])
+    else:
+        value[index] = mutate_list(value[index], rng)
+    return value
+
+
+def make_folder(folder):
+    """Write a VOC folder of two images, a label file, and its lists; return the lists' contents."""
+    root = folder / "VOC"
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 30), "red").save(root / "JPEGImages" / f"{name}.jpg")
+        (root / "Annotations" / f"{name}.xml").write_text(ANNOTATION)
+    for split, name in (("trainval", "a"), ("test", "b")):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
+    (folder / "labels").write_text("cat\n")
+    prepare(folder)
+    return {path.name: json.loads(path.read_text()) for path in sorted((folder / "lists").iterdir())}
+
+
+def prepare(folder, *more):
+    """Make the lists."""
+    arguments = ["--train", folder / "VOC", "--test", folder / "VOC", "--output-folder", folder / "lists",
+                 "--labels", folder / "labels", *more]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        script.make_lists(script.parse_arguments([str(argument) for argument in arguments]))
+
+
+def spoil(folder, lists, rng):
+    """Spoil one input; return what reads it."""
+    way = rng.randrange(10)
+    root = folder / "VOC"
+    annotation, split = root / "Annotations" / "a.xml", root / "ImageSets" / "Main" / "trainval.txt"
+    if way < 5:
+        annotation.write_bytes(mutate_annotation(rng))
+    elif way == 5:
+        content = "\n".join(rng.choice((*NAMES, "a")) for _ in range(rng.choice((0, 1, 1, 3))))
+        split.write_bytes(mutate_bytes(content.encode(), rng) if rng.random() < 0.3 else content.encode())
+    elif way == 6:
+        target = rng.choice((annotation, split, folder / "labels"))
+        target.unlink()
+        os.symlink(rng.choice(("/dev/zero", "/etc/passwd", target.name, "nowhere", str(folder), "b.xml")), target)
+        if rng.random() < 0.2:
+            target.unlink()
+            os.mkfifo(target)
+    elif way == 7:
+        labels = rng.choice(("", "cat\ncat", "background", "[]", '{"cat": 5}', "[[", "cat\x00", "\n".join(NAMES)))
+        (folder / "labels").write_bytes(mutate_bytes(labels.encode(), rng))
+    else:  # lists made before
+        name = rng.choice(list(lists))
+        text = json.dumps(mutate_list(lists[name], rng)).encode()
+        (folder / "lists" / name).write_bytes(mutate_bytes(text, rng) if rng.random() < 0.2 else text)
+        return lambda: None
+    return lambda: prepare(folder, *rng.choice(((), ("--ignore-unknown",), ("--zero-based",), ("--split", "0.5"))[:3]))
+
+
+def load(folder):
+    """Load the training set as a training does; what it gives must be fit for the loss."""
+    dataset = PascalVOCDataset(folder / "lists", "TRAIN", keep_difficult=True)
+    for epoch in range(2):
+        image, boxes, labels, _ = dataset[epoch, 0]
+        assert image.isfinite().all()
+        assert ((boxes >= 0) & (boxes <= 1)).all()
+        assert (boxes[:, 2:] >= boxes[:, :2]).all()
+        assert ((labels > 0) & (labels < len(dataset.label_map))).all()
+
+
+def snapshot(folder):
+    """Return what lies in a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def run_case(number):
+    """Run one case, a function of its number; return how it ended. AssertionError where it ended badly."""
+    rng = random.Random(number)
+
+    def too_long(*_):
+        raise TimeoutError
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "work"
+        folder.mkdir()
+        lists = make_folder(folder)
+        action = spoil(folder, lists, rng)
+        before = snapshot(Path(place))
+        signal.signal(signal.SIGALRM, too_long)
+        signal.alarm(SECONDS)
+        try:
+            action()
+            load(folder)
+            ended = "works"
+        except InputError as error:
+            message = str(error)
+            assert str(folder) in message, f"case {number}: names no file: {message}"
+            assert "\n" not in message, f"case {number}: more than one line: {message!r}"
+            assert len(message) < 10_000, f"case {number}: {len(message)} characters"
+            ended = "named"
+        except Exception as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
+        finally:
+            signal.alarm(0)
+        assert snapshot(Path(place)) == before, f"case {number}: left files behind"
+    return ended
+
+
+def main():
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0)
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    started, counts = time.perf_counter(), Counter()
+    for number in range(settings.first, settings.first + settings.cases):
+        try:
+            counts[run_case(number)] += 1
+        except AssertionError as error:
+            counts["fails"] += 1
+            print(error, flush=True)
+    shares = ", ".join(f"{count} {end}" for end, count in counts.items())
+    print(f"{settings.cases} cases in {time.perf_counter() - started:.0f} s: {shares}")
+    sys.exit(counts["fails"] > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The download of Pascal VOC, from a local server in place of the real ones."""
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+import time
+
+import pytest
+
+import create_data_lists as script
+from utils import InputError
+
+
+def pack(files):
+    """Return the bytes of a tar archive of {name: text}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+ARCHIVES = {
+    "one.tar": pack({"VOCdevkit/VOC2007/Annotations/1.xml": "<annotation/>"}),
+    "two.tar": pack({"VOCdevkit/VOC2007/Annotations/2.xml": "<annotation></annotation>"}),
+    "evil.tar": pack({"../outside.txt": "!"}),
+}
+WANTED = [("voc2007", name, hashlib.md5(ARCHIVES[name]).hexdigest()) for name in ("one.tar", "two.tar")]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves the archives well, slowly, cut off, wrong or never, as the first folder of the path says."""
+
+    asked = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        _, way, _, name = self.path.split("/")
+        content = ARCHIVES[name]
+        if way == "missing":
+            self.send_error(404)
+            return
+        if way == "silent":
+            time.sleep(3)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if way == "wrong":
+            self.wfile.write(bytes(len(content)))
+        elif way == "cut":
+            self.wfile.write(content[: len(content) // 2])
+        elif way == "slow":
+            for start in range(0, len(content), 1000):
+                self.wfile.write(content[start : start + 1000])
+                time.sleep(0.02)
+        else:
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror():
+    """Make the URL of a mirror that serves in a way."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Server.asked.clear()
+    yield lambda way: f"http://127.0.0.1:{server.server_port}/{way}/{{year}}/{{name}}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("bad", ["missing", "cut", "wrong", "silent"])
+def test_the_next_mirror_makes_up_for_one_that_fails(bad, mirror, tmp_path, capsys):
+    script.download_voc(tmp_path, WANTED, [mirror(bad), mirror("slow")], patience=1)
+    for name, number in (("one.tar", 1), ("two.tar", 2)):
+        assert (tmp_path / name).read_bytes() == ARCHIVES[name]
+        assert (tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / f"{number}.xml").exists()
+    assert not list(tmp_path.glob("*.part"))
+    assert f"fetching {mirror('slow').format(year='voc2007', name='two.tar')}" in capsys.readouterr().out
+
+
+def test_what_is_there_already_is_not_fetched_again(mirror, tmp_path):
+    (tmp_path / "one.tar").write_bytes(ARCHIVES["one.tar"])
+    (tmp_path / "two.tar").write_bytes(b"broken off")
+    script.download_voc(tmp_path, WANTED, [mirror("good")])
+    assert {path.rsplit("/", 1)[1] for path in Server.asked} == {"two.tar"}
+    Server.asked.clear()
+    (tmp_path / "one.tar").unlink()  # unpacked before
+    script.download_voc(tmp_path, WANTED, [mirror("good")])
+    assert Server.asked == []
+
+
+def test_what_no_mirror_has_ends_with_the_file_to_put_in_place(mirror, tmp_path):
+    with pytest.raises(InputError) as caught:
+        script.download_voc(tmp_path, WANTED, [mirror("missing"), mirror("wrong"), "http://127.0.0.1:9/{year}/{name}"])
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'one.tar'}: cannot be fetched (")
+    assert message.endswith("put it there and try again")
+    assert "404" in message
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_that_leads_out_of_the_folder_is_not_unpacked(mirror, tmp_path):
+    folder = tmp_path / "data"
+    evil = [("voc2007", "evil.tar", hashlib.md5(ARCHIVES["evil.tar"]).hexdigest())]
+    with pytest.raises(InputError, match=r"evil.tar: cannot be unpacked .*outside"):
+        script.download_voc(folder, evil, [mirror("good")])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_download_goes_on_to_lists(monkeypatch, tmp_path):
+    roots = []
+    monkeypatch.setattr(script, "download_voc", roots.append)
+    monkeypatch.setattr("sys.argv", ["x", "--download", str(tmp_path), "--output-folder", str(tmp_path / "lists")])
+    with pytest.raises(InputError, match=f"{tmp_path}/VOCdevkit/VOC2007/ImageSets/Main/trainval.txt: cannot read"):
+        script.main()
+    assert roots == [str(tmp_path)]
