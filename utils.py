@@ -410,7 +410,7 @@ def read_data_lists(data_folder, split):
     )
     label_map, images, objects = (read_json(path) for path in (label_file, image_file, object_file))
     check_label_map(label_map, label_file)
-    if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
+    if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
         raise InputError(f"{image_file}: expected a list of image paths, one or more; run create_data_lists.py again")
     if not isinstance(objects, list) or len(objects) != len(images):
         raise InputError(f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again")
