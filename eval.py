@@ -6,6 +6,7 @@ python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth
 
 import argparse
 import math
+import os
 import time
 
 import torch
@@ -15,6 +16,20 @@ from tqdm import tqdm
 from checkpoints import load_model
 from datasets import PascalVOCDataset, collate_fn
 from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision
+from report import import_matplotlib, write_report
+from results import (
+    bootstrap,
+    coco_results,
+    coco_scores,
+    image_names,
+    image_sizes,
+    import_pycocotools,
+    interval,
+    make_evidence,
+    read_results,
+    summarize,
+    write_voc_results,
+)
 from utils import InputError, check_target, mean_average_precision, precision_recall_curves, run_command, write_json
 
 MIN_SCORE = 0.01  # probability; Caffe's confidence_threshold at test time (ssd_pascal.py)
@@ -34,16 +49,71 @@ def parse_arguments(arguments=None):
                         help="processes that load images, 0 for none [the processor's cores, 16 at most]")  # fmt: skip
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="fp32",
                         help="of the network's arithmetic; auto: bf16 on a GPU made for it [%(default)s]")  # fmt: skip
-    parser.add_argument("--results", help="also write the results to this JSON file")
+    parser.add_argument("--results", metavar="FILE", help="write all figures to this JSON file")
+    parser.add_argument("--report", metavar="DIR", help="write a page with curves, confusions and worst mistakes there")
+    parser.add_argument("--voc-results", metavar="DIR", help="write the files that VOC's own evaluations read there")
+    parser.add_argument("--detections", metavar="FILE", help="write the detections in COCO's results format")
+    parser.add_argument("--coco", action="store_true", help="print COCO's average precision, too (pycocotools)")
+    parser.add_argument("--bootstrap", type=int, default=0, metavar="N",
+                        help="95%% interval of the mAP by N samples of the images")  # fmt: skip
+    parser.add_argument("--against", metavar="FILE",
+                        help="difference to another --results file, with its interval [1000 samples]")  # fmt: skip
     settings = parser.parse_args(arguments)
-    if settings.batch_size < 1 or settings.workers < 0:
-        raise InputError("--batch-size must be 1 or more and --workers 0 or more")
-    if settings.results:
-        check_target(settings.results)
+    if settings.batch_size < 1 or settings.workers < 0 or settings.bootstrap < 0:
+        raise InputError("--batch-size must be 1 or more, --workers and --bootstrap 0 or more")
+    settings.bootstrap = settings.bootstrap or (1000 if settings.against else 0)
+    if settings.report:
+        import_matplotlib()
+    if settings.coco:
+        import_pycocotools()
+    for path in (settings.results, settings.detections):
+        if path:
+            check_target(path)
     return settings
 
 
 @torch.inference_mode()
+def detect_all(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, top_k=TOP_K, precision="fp32"):
+    """Detect objects in all test images; parameters as for `evaluate`.
+
+    :return: six lists, a tensor per image (detected boxes, labels, scores, true boxes, labels, difficulties), and
+        {"waiting", "network", "post_processing": seconds}; waiting is for images to be loaded
+    """
+    model.eval()
+    device = model.priors_cxcy.device
+    found = [[] for _ in range(6)]
+    seconds = {"waiting": 0.0, "network": 0.0, "post_processing": 0.0}
+    asked = time.perf_counter()
+    for images, *objects in batches_on(device, tqdm(test_loader, "evaluating", unit="batch", disable=None)):
+        started = _now(device)
+        with mixed_precision(precision, device):
+            predictions = model(images)
+        predicted = _now(device)
+        detected = model.detect_objects(*predictions, min_score, max_overlap, top_k)
+        collect(found, (*detected, *objects))
+        seconds["waiting"] += started - asked
+        seconds["network"] += predicted - started
+        asked = _now(device)
+        seconds["post_processing"] += asked - predicted
+    return found, seconds
+
+
+def score(found, label_map):
+    """Score detections; parameters as for `precision_recall_curves`, in one.
+
+    :return: dict of plain values as for `evaluate`, and the curves
+    """
+    started = time.perf_counter()
+    curves = precision_recall_curves(*found, label_map=label_map)
+    results = {}
+    for key, method in (("11_point", "11-point"), ("area", "area")):
+        average_precisions, mean = mean_average_precision(curves, method)
+        results[f"mAP_{key}"] = _none_for_nan(mean)
+        results[f"AP_{key}"] = {name: _none_for_nan(value) for name, value in average_precisions.items()}
+    results["scoring_seconds"] = time.perf_counter() - started
+    return results, curves
+
+
 def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, top_k=TOP_K, precision="fp32"):
     """Detect objects in all test images and score them.
 
@@ -51,33 +121,13 @@ def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, t
     :param model: SSD300 with its label_map
     :param min_score, max_overlap, top_k: of `detect_objects`
     :param precision: of the network's arithmetic, a key of PRECISIONS
-    :return: dict of plain values: "mAP_11_point" and "mAP_area"; "AP_11_point" and "AP_area", by class name,
-        None where a class has no objects; "images", "network_seconds", "post_processing_seconds", "scoring_seconds"
+    :return: dict of plain values: "mAP_11_point" and "mAP_area"; "AP_11_point" and "AP_area", by class name, None
+        where a class has no objects; seconds in all: "waiting_seconds" for images, "network_seconds",
+        "post_processing_seconds", "scoring_seconds"; "images", their number
     """
-    model.eval()
-    device = model.priors_cxcy.device
-    found, n_images = [[] for _ in range(6)], 0
-    seconds = {"network": 0.0, "post_processing": 0.0}
-    for images, *objects in batches_on(device, tqdm(test_loader, "evaluating", unit="batch", disable=None)):
-        started = _now(device)
-        with mixed_precision(precision, device):
-            predictions = model(images)
-        predicted = _now(device)
-        detected = model.detect_objects(*predictions, min_score, max_overlap, top_k)
-        seconds["network"] += predicted - started
-        seconds["post_processing"] += _now(device) - predicted
-        n_images += len(images)
-        collect(found, (*detected, *objects))
-
-    started = time.perf_counter()
-    curves = precision_recall_curves(*found, label_map=model.label_map)
-    seconds["scoring"] = time.perf_counter() - started
-    results = {"images": n_images, **{f"{part}_seconds": spent for part, spent in seconds.items()}}
-    for key, method in (("11_point", "11-point"), ("area", "area")):
-        average_precisions, mean = mean_average_precision(curves, method)
-        results[f"mAP_{key}"] = _none_for_nan(mean)
-        results[f"AP_{key}"] = {name: _none_for_nan(value) for name, value in average_precisions.items()}
-    return results
+    found, seconds = detect_all(test_loader, model, min_score, max_overlap, top_k, precision)
+    results, _ = score(found, model.label_map)
+    return {"images": len(found[0]), **{f"{part}_seconds": spent for part, spent in seconds.items()}, **results}
 
 
 def collect(found, batch):
@@ -96,23 +146,56 @@ def _none_for_nan(value):
     return None if math.isnan(value) else value
 
 
-def print_results(results):
-    """Print average precision per class, both mAPs, and the time per image."""
+def print_results(results, curves):
+    """Print both mAPs, the table of classes, and where the time went."""
+    mean, area = (results[f"mAP_{key}"] for key in ("11_point", "area"))
+    if mean is None:
+        print("mAP: none, for the test split has no object to be found")
+    else:
+        print(f"mAP {mean:.4f} by the 11-point rule of VOC2007")
+        print(
+            f"    {area:.4f} by the area under the curve, the rule from VOC2010 on: not to be compared with the first"
+        )
+    width = max(len(name) for name in [*curves, "class"])
+    columns = ("objects", "detections", "11-point", "area", "recall", "precision", "recall", "score")
+    print(f"\n{'':{width}} {'':>9} {'':>10}      average precision   of all          at the best F1")
+    print(f"{'class':{width}} " + " ".join(f"{column:>10}" for column in columns))
+    for name, curve in curves.items():
+        if curve is None:
+            print(f"{name:{width}} {0:10}   no object to be found: left out of the mean")
+            continue
+        figures = summarize(curve)
+        values = (results["AP_11_point"][name], results["AP_area"][name],
+                  *(figures[key] for key in ("recall", "precision", "recall_at_best", "score")))  # fmt: skip
+        counts = f"{figures['objects']:10} {figures['detections']:10} "
+        print(f"{name:{width}} {counts}" + " ".join(f"{value:10.4f}" for value in values))
+    n_images = results["images"]
+    parts = ("waiting", "network", "post_processing", "scoring")
+    total = sum(results[f"{part}_seconds"] for part in parts)
+    print(f"\n{n_images / total:.1f} images/s over {n_images} images on {results['device']}, {results['precision']}, "
+          f"batches of {results['batch_size']}; in ms per image:")  # fmt: skip
+    shares = (f"{name} {1000 * results[f'{part}_seconds'] / n_images:.1f}" for name, part in zip(
+        ("waiting for images to be decoded", "network", "post-processing", "scoring"), parts, strict=True))  # fmt: skip
+    print("  " + ", ".join(shares))
 
-    def cell(value):
-        return f"{'-':>10}" if value is None else f"{value:10.4f}"
 
-    name_width = max(len(name) for name in [*results["AP_11_point"], "mAP"])
-    print(f"{'class':{name_width}} {'11-point':>10} {'area':>10}")
-    for name, value in results["AP_11_point"].items():
-        print(f"{name:{name_width}} {cell(value)} {cell(results['AP_area'][name])}")
-    print(f"{'mAP':{name_width}} {cell(results['mAP_11_point'])} {cell(results['mAP_area'])}")
-    print("11-point: the VOC2007 rule; area: under the precision-recall curve, the rule from VOC2010 on")
-    if None in results["AP_11_point"].values():
-        print("-: the test split has no object of the class to be found; it is left out of the mean")
-    for part in ("network", "post_processing"):
-        per_image = 1000 * results[f"{part}_seconds"] / results["images"]
-        print(f"{part.replace('_', '-')}: {per_image:.1f} ms per image, over {results['images']} images")
+def print_significance(results, evidence, settings, names):
+    """Print the interval of the mAP, and of its difference to another evaluation; return both as plain values."""
+    evidences = [evidence]
+    if settings.against:
+        other_mean, other = read_results(settings.against, names, evidence)
+        evidences.append(other)
+    samples = bootstrap(*evidences, n=settings.bootstrap)
+    bounds = interval(samples[0])
+    print(f"\n95% interval of the 11-point mAP: {bounds[0]:.4f} to {bounds[1]:.4f}, by {settings.bootstrap} samples")
+    significance = {"samples": settings.bootstrap, "mAP_interval": bounds}
+    if settings.against:
+        difference, bounds = results["mAP_11_point"] - other_mean, interval(samples[0] - samples[1])
+        verdict = "may be chance" if bounds[0] <= 0 <= bounds[1] else "is more than chance"
+        print(f"difference to {settings.against}: {difference:+.4f}, 95% interval "
+              f"{bounds[0]:+.4f} to {bounds[1]:+.4f}: it {verdict}")  # fmt: skip
+        significance |= {"against": settings.against, "difference": difference, "difference_interval": bounds}
+    return significance
 
 
 def main():
@@ -132,11 +215,32 @@ def main():
         pin_memory=device.type == "cuda",
     )  # fmt: skip
     model.to(memory_format=torch.channels_last)  # faster, on a CPU too
-    results = evaluate(loader, model, precision=precision)
-    print_results(results)
+    found, seconds = detect_all(loader, model, precision=precision)
+    results, curves = score(found, model.label_map)
+    results = {
+        "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "images": len(dataset),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "precision": precision, "batch_size": settings.batch_size,
+        **{f"{part}_seconds": spent for part, spent in seconds.items()}, **results,
+    }  # fmt: skip
+    print_results(results, curves)
+
+    names, evidence = image_names(dataset.images), make_evidence(curves)
+    if settings.bootstrap and evidence:
+        results["significance"] = print_significance(results, evidence, settings, names)
+    sizes = image_sizes(dataset.images) if settings.coco or settings.voc_results or settings.detections else None
+    if settings.coco:
+        results["coco"] = coco_scores(found, names, sizes, model.label_map)
+        print("\nCOCO's rules: " + ", ".join(f"{name} {value:.4f}" for name, value in results["coco"].items()))
+    if settings.voc_results:
+        write_voc_results(settings.voc_results, found, names, sizes, model.label_map)
+    if settings.detections:
+        write_json({settings.detections: coco_results(found, names, sizes)})
+    if settings.report:
+        write_report(settings.report, results, curves, found, dataset)
+        print(f"report: {os.path.join(settings.report, 'index.html')}")
     if settings.results:
-        source = {"checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "precision": precision}
-        write_json({settings.results: {**source, **results}})
+        write_json({settings.results: {**results, "image_names": names, "evidence": evidence}})
 
 
 if __name__ == "__main__":

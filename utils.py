@@ -14,6 +14,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -445,9 +446,14 @@ def read_json(path):
 
 def write_json(files):
     """Write {path: value} as JSON files; they take their names when all are written whole, else none does."""
+    write_files({path: json.dumps(value, ensure_ascii=False) for path, value in files.items()})
+
+
+def write_files(files):
+    """Write {path: text} in UTF-8; the files take their names when all are written whole, else none does."""
     with ExitStack() as all_or_none:
-        for path, value in files.items():
-            all_or_none.enter_context(atomic_writer(path)).write(json.dumps(value, ensure_ascii=False).encode())
+        for path, text in files.items():
+            all_or_none.enter_context(atomic_writer(path)).write(text.encode())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -804,13 +810,25 @@ def calculate_mAP(
     return mean_average_precision(curves, method)
 
 
+class Curve(NamedTuple):
+    """What became of a class' detections, best first; those of difficult objects count neither way."""
+
+    precision: np.ndarray  # (d,) float64, down to each detection
+    recall: np.ndarray  # (d,) float64
+    scores: np.ndarray  # (d,) float64
+    right: np.ndarray  # (d,) bool
+    images: np.ndarray  # (d,) index of the detection's image
+    n_objects: np.ndarray  # (images,) number of objects to be found in each image
+
+
 def precision_recall_curves(
     det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map
 ):
-    """Return {class name: (precision, recall)}: float64 arrays, one value per scored detection, best first.
+    """Return {class name: Curve}, with None for a class without objects to be found.
 
-    The parameters are those of `calculate_mAP`. None stands for a class without objects to be found.
+    The parameters are those of `calculate_mAP`.
     """
+    n_images = len(true_boxes)
     det_image, det_boxes, det_labels, det_scores = _concatenate(det_boxes, det_labels, det_scores)
     true_image, true_boxes, true_labels, true_difficulties = _concatenate(true_boxes, true_labels, true_difficulties)
     overlap, object_index = _best_objects(
@@ -822,7 +840,9 @@ def precision_recall_curves(
 
     # Find the fate of each detection, best first: the first one of an object is right, later ones are wrong.
     order = np.argsort(-det_scores, kind="stable")
-    labels, object_index = det_labels[order], object_index[order]
+    labels, object_index, det_image, det_scores = (
+        values[order] for values in (det_labels, object_index, det_image, det_scores)
+    )
     matches = overlap[order] >= MIN_TRUE_OVERLAP
     ignored = np.zeros_like(matches)
     ignored[matches] = true_difficulties[object_index[matches]] != 0
@@ -834,11 +854,15 @@ def precision_recall_curves(
     for name, label in label_map.items():
         if label == 0:
             continue
-        n_objects = np.count_nonzero((true_labels == label) & (true_difficulties == 0))
-        right_here = right[(labels == label) & ~ignored]
-        true_positives = np.cumsum(right_here)
-        precision = true_positives / np.arange(1, len(right_here) + 1)
-        curves[name] = (precision, true_positives / n_objects) if n_objects else None
+        n_objects = np.bincount(true_image[(true_labels == label) & (true_difficulties == 0)], minlength=n_images)
+        scored = (labels == label) & ~ignored
+        true_positives = np.cumsum(right[scored])
+        precision = true_positives / np.arange(1, len(true_positives) + 1)
+        if n_objects.any():
+            recall = true_positives / n_objects.sum()
+            curves[name] = Curve(precision, recall, det_scores[scored], right[scored], det_image[scored], n_objects)
+        else:
+            curves[name] = None
     return curves
 
 
@@ -890,7 +914,7 @@ def _best_objects(det_keys, det_boxes, true_keys, true_boxes):
 def mean_average_precision(curves, method="11-point"):
     """Return {class name: average precision} of `precision_recall_curves` and their mean over scored classes."""
     average_precisions = {
-        name: math.nan if curve is None else average_precision(*curve, method) for name, curve in curves.items()
+        name: math.nan if curve is None else average_precision(*curve[:2], method) for name, curve in curves.items()
     }
     scored = [value for value in average_precisions.values() if not math.isnan(value)]
     return average_precisions, sum(scored) / len(scored) if scored else math.nan

@@ -1,0 +1,249 @@
+"""A page about an evaluation that a person reads: curves, confusions, the worst mistakes.
+
+write_report("report", results, curves, found, dataset)
+"""
+
+import base64
+import html
+import io
+import os
+from collections import Counter
+
+import torch
+
+from drawing import draw_boxes
+from results import pixel_boxes, summarize
+from utils import InputError, find_jaccard_overlap, read_image, write_files
+
+N_SHOWN = 24  # mistakes of each kind, and confusions
+MATRIX_LIMIT = 25  # classes up to which the whole table of confusions is legible
+THUMBNAIL = 300  # pixels of a picture's longer side
+LOCALIZED = 0.5  # jaccard overlap from which a detection is of an object
+RIGHT, WRONG, MISSED = (30, 160, 60), (220, 30, 40), (255, 150, 0)
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1280px; padding: 16px; }
+h1 { font-size: 24px; } h2 { font-size: 19px; margin-top: 36px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
+figure { margin: 0; } figure img { width: 100%; height: auto; } figcaption { font-size: 13px; overflow-wrap: anywhere; }
+.big { font-size: 32px; font-weight: 600; } .note { color: #666; }
+"""
+
+
+def write_report(folder, results, curves, found, dataset):
+    """Write DIR/index.html, one file that needs no other.
+
+    :param results, curves: as eval.py's `score` returns them, with what `main` adds
+    :param found: six lists, a tensor per image: detected boxes, fractional xy, labels, scores, true boxes, labels,
+        difficulties
+    :param dataset: PascalVOCDataset of the same images
+    :raises InputError: where matplotlib is not installed
+    """
+    mistakes, misses, confusions = find_mistakes(curves, found, dataset.label_map)
+    parts = [
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>SSD300: evaluation</title><style>{STYLE}</style>",
+        _headline(results),
+        _class_table(results, curves),
+        _curves(curves),
+        _confusions(confusions, dataset.label_map),
+        _gallery(
+            "Worst false detections",
+            "The highest scores that are wrong: red. Green: the true objects.",
+            [_false_detection(*mistake, found, dataset) for mistake in mistakes[:N_SHOWN]],
+        ),
+        _gallery(
+            "Worst misses",
+            "The largest objects that were not found: orange.",
+            [_miss(*miss, found, dataset) for miss in misses[:N_SHOWN]],
+        ),
+        "</html>",
+    ]
+    os.makedirs(folder, exist_ok=True)
+    write_files({os.path.join(folder, "index.html"): "\n".join(parts)})
+
+
+def find_mistakes(curves, found, label_map):
+    """Sort out what went wrong among detections above their class' score of the best F1.
+
+    Best first, a detection is right if it overlaps an object of its class that is still free by 0.5; else it is taken
+    for one of another class that it overlaps so; else for one of background, also where its object is taken.
+
+    :return: wrong detections, (score, image, detection, true class name or None), best score first; objects that were
+        not found, (area, image, object), largest first; Counter of (true class, class said), None for background and
+        for nothing said
+    """
+    names = {label: name for name, label in label_map.items()}
+    least = {label_map[name]: summarize(curve)["score"] for name, curve in curves.items() if curve is not None}
+    mistakes, misses, confusions = [], [], Counter()
+    for image, (boxes, labels, scores, true_boxes, true_labels, difficulties) in enumerate(zip(*found, strict=True)):
+        overlap = find_jaccard_overlap(boxes, true_boxes)  # (d, n)
+        free, mistaken = torch.ones(len(true_boxes), dtype=torch.bool), set()
+        for detection in scores.argsort(descending=True, stable=True).tolist():
+            label = labels[detection].item()
+            if scores[detection] < least.get(label, 1.0):
+                continue
+            near = overlap[detection] >= LOCALIZED
+            own = near & (true_labels == label) & (free | (difficulties > 0))
+            if own.any():
+                index = torch.where(own, overlap[detection], -1).argmax().item()
+                free[index] = False
+                if not difficulties[index]:
+                    confusions[names[label], names[label]] += 1
+                continue
+            others = near & (true_labels != label)
+            truth = None
+            if others.any():
+                index = torch.where(others, overlap[detection], -1).argmax().item()
+                truth = names[true_labels[index].item()]
+                mistaken.add(index)
+            confusions[truth, names[label]] += 1
+            mistakes.append((scores[detection].item(), image, detection, truth))
+        areas = (true_boxes[:, 2:] - true_boxes[:, :2]).prod(dim=1)
+        for index in (free & (difficulties == 0)).nonzero().flatten().tolist():
+            misses.append((areas[index].item(), image, index))
+            if index not in mistaken:
+                confusions[names[true_labels[index].item()], None] += 1
+    return sorted(mistakes, reverse=True, key=lambda m: m[0]), sorted(misses, reverse=True), confusions
+
+
+def _headline(results):
+    mean, area = (f"{results[f'mAP_{key}'] or 0:.4f}" for key in ("11_point", "area"))
+    facts = ", ".join(
+        html.escape(f"{name} {results[key]}")
+        for name, key in (("checkpoint", "checkpoint"), ("data", "data_folder"), ("images", "images"),
+                          ("on", "device"), ("precision", "precision"))
+    )  # fmt: skip
+    extra = ""
+    if "significance" in results:
+        low, high = results["significance"]["mAP_interval"]
+        extra = f"<p>95% interval of the 11-point mAP, by resampling images: {low:.4f} to {high:.4f}</p>"
+    if "coco" in results:
+        extra += (
+            "<p>COCO's rules: " + ", ".join(f"{key} {value:.4f}" for key, value in results["coco"].items()) + "</p>"
+        )
+    return (
+        f'<h1>SSD300: evaluation</h1><p><span class="big">mAP {mean}</span> by the 11-point rule of VOC2007; '
+        f"{area} by the area under the curve, the rule from VOC2010 on. The two are not to be compared.</p>{extra}"
+        f'<p class="note">{facts}</p>'
+    )
+
+
+def _class_table(results, curves):
+    rows = []
+    for name, curve in curves.items():
+        if curve is None:
+            rows.append(f"<tr><td>{html.escape(name)}<td>0" + "<td>–" * 7)
+            continue
+        figures = summarize(curve)
+        numbers = (results["AP_11_point"][name], results["AP_area"][name],
+                   *(figures[key] for key in ("recall", "precision", "recall_at_best", "score")))  # fmt: skip
+        cells = [str(figures["objects"]), str(figures["detections"]), *(f"{number:.3f}" for number in numbers)]
+        rows.append(f"<tr><td>{html.escape(name)}" + "".join(f"<td>{cell}" for cell in cells))
+    heads = ("class", "objects", "detections", "AP 11-point", "AP area", "recall of all", "best F1: precision",
+             "recall", "score")  # fmt: skip
+    return (
+        '<h2>Classes</h2><div class="scroll"><table><tr>' + "".join(f"<th>{head}" for head in heads)
+        + "".join(rows) + "</table></div>"
+    )  # fmt: skip
+
+
+def import_matplotlib():
+    """Return matplotlib's class for figures; InputError where it is not installed."""
+    try:
+        from matplotlib.figure import Figure  # an optional requirement
+    except ImportError as error:
+        raise InputError("--report: its curves need a package that is not there; pip install matplotlib") from error
+    return Figure
+
+
+def _curves(curves):
+    figures = []
+    for name, curve in curves.items():
+        if curve is None:
+            continue
+        figure = import_matplotlib()(figsize=(2.6, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        step = max(1, len(curve.recall) // 500)
+        axes.plot(curve.recall[::step], curve.precision[::step], color="#1565c0", linewidth=1.5)
+        best = summarize(curve)
+        axes.plot(best["recall_at_best"], best["precision"], "o", color="#c62828", markersize=4)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+        axes.grid(alpha=0.3)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg")
+        figures.append((_embed(file.getvalue(), "svg+xml"), name))
+    note = "One line per class, down to a score of 0.01; the dot is the best F1."
+    return _gallery("Precision over recall", note, figures)
+
+
+def _confusions(confusions, label_map):
+    names = [name for name, label in label_map.items() if label]
+    ranked = [(pair, count) for pair, count in confusions.most_common() if pair[0] != pair[1]][:N_SHOWN]
+    rows = "".join(
+        f"<tr><td>{html.escape(truth or 'background')}<td>{html.escape(said or 'missed')}<td>{count}"
+        for (truth, said), count in ranked
+    )
+    text = (
+        "<h2>Confusions</h2><p class='note'>Of detections above each class' score of the best F1.</p>"
+        f'<div class="scroll"><table><tr><th>what it is<th>taken for<th>times{rows}</table></div>'
+    )
+    if len(names) > MATRIX_LIMIT:
+        return text
+    body = ""
+    for truth in [*names, None]:
+        counts = [confusions[truth, said] for said in [*names, None]]
+        cells = "".join(_shaded(count, count / max(1, sum(counts))) for count in counts)
+        body += f"<tr><td>{html.escape(truth or 'background')}{cells}"
+    heads = "".join(f"<th>{html.escape(said or 'missed')}" for said in [*names, None])
+    return f'{text}<p class="note">Rows: what it is; columns: what it was taken for.</p>' + (
+        f'<div class="scroll"><table><tr><th>{heads}{body}</table></div>'
+    )
+
+
+def _shaded(count, share):
+    color = "#fff" if share > 0.5 else "#222"
+    return f'<td style="background: rgba(21, 101, 192, {share:.2f}); color: {color}">{count or ""}'
+
+
+def _false_detection(score, image, detection, truth, found, dataset):
+    names = {label: name for name, label in dataset.label_map.items()}
+    said = names[found[1][image][detection].item()]
+    boxes = torch.cat([found[0][image][detection][None], found[3][image]])
+    captions = [f"{said} {score:.2f}", *(names[label] for label in found[4][image].tolist())]
+    colors = [WRONG, *[RIGHT] * len(found[3][image])]
+    what = f"is {truth}" if truth else "on background, a poor box, or a second one of its object"
+    return _thumbnail(image, boxes, captions, colors, dataset), f"{dataset.images[image]}: {said} {score:.2f}; {what}"
+
+
+def _miss(_, image, index, found, dataset):
+    names = {label: name for name, label in dataset.label_map.items()}
+    name = names[found[4][image][index].item()]
+    picture = _thumbnail(image, found[3][image][index][None], [name], [MISSED], dataset)
+    return picture, f"{dataset.images[image]}: {name}"
+
+
+def _thumbnail(image, boxes, captions, colors, dataset):
+    picture = read_image(dataset.images[image])
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture = draw_boxes(picture, pixel_boxes(boxes, picture.size).tolist(), captions, colors)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return _embed(file.getvalue(), "jpeg")
+
+
+def _embed(content, kind):
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _gallery(title, note, pictures):
+    """Return a heading and a grid of pictures, (source, caption) each."""
+    figures = "".join(
+        f'<figure><img loading="lazy" alt="" src="{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        for source, caption in pictures
+    )
+    return f'<h2>{title}</h2><p class="note">{note}</p><div class="grid">{figures or "none"}</div>'
