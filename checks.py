@@ -12,11 +12,11 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 from devices import count_cores
-from drawing import draw_boxes
+from drawing import draw_boxes, tile
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss
 from utils import (
     IMAGENET_MEAN,
@@ -30,7 +30,7 @@ from utils import (
 
 THRESHOLD = 0.5  # jaccard overlap from which a prior matches an object (paper §2.2)
 N_SHOWN = 5  # lines of each problem
-TILE, MARGIN, HEADER = 420, 14, 26  # of a preview, pixels
+TILE = 420  # side of a preview's pictures, pixels
 
 
 def check(splits, label_map, with_images=False, zero_based=False):
@@ -194,14 +194,7 @@ def preview(dataset, n, seed=0):
     """
     rng = np.random.default_rng(seed)
     order = sorted(rng.permutation(len(dataset)).tolist(), key=lambda index: not dataset.objects[index]["boxes"])
-    pairs = [_preview_pair(dataset, index) for index in order[:n]]
-    columns = min(2, len(pairs))
-    rows = -(-len(pairs) // columns)
-    width, height = pairs[0].width + 2 * MARGIN, pairs[0].height + 2 * MARGIN
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for number, pair in enumerate(pairs):
-        sheet.paste(pair, (number % columns * width + MARGIN, number // columns * height + MARGIN))
-    return sheet
+    return tile([picture for index in order[:n] for picture in _preview_pair(dataset, index)], 4, TILE)
 
 
 def _preview_pair(dataset, index):
@@ -209,10 +202,10 @@ def _preview_pair(dataset, index):
     colors = label_color_map(dataset.label_map)
     original = read_image(dataset.images[index])
     scale = TILE / max(original.size)
-    tile = original.resize([max(1, round(side * scale)) for side in original.size])
+    small = original.resize([max(1, round(side * scale)) for side in original.size])
     labels = [names[label] for label in dataset.objects[index]["labels"]]
     boxes = (np.array(dataset.objects[index]["boxes"]).reshape(-1, 4) * scale).tolist()
-    left = draw_boxes(tile, boxes, labels, [colors[name] for name in labels])
+    left = draw_boxes(small, boxes, labels, [colors[name] for name in labels])
 
     image, boxes, labels, _ = dataset[0, index]
     pixels = image * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
@@ -224,13 +217,8 @@ def _preview_pair(dataset, index):
     right = Image.fromarray(pixels).resize((TILE, TILE))
     right = draw_boxes(right, (boxes * TILE).tolist(), captions, [colors[name] for name in labels])
 
-    pair = Image.new("RGB", (2 * TILE + MARGIN, HEADER + TILE), "white")
-    draw, font = ImageDraw.Draw(pair), ImageFont.load_default(16)
     name = os.path.basename(dataset.images[index])
-    draw.text((0, 2), f"{name if len(name) < 40 else name[:37] + '...'}, {original.width} x {original.height}",
-              fill="black", font=font)  # fmt: skip
-    title = f"augmented; priors matched: {int((matched > 0).sum())}, and by object"
-    draw.text((TILE + MARGIN, 2), title, fill="black", font=font)
-    pair.paste(left, ((TILE - left.width) // 2, HEADER + (TILE - left.height) // 2))
-    pair.paste(right, (TILE + MARGIN, HEADER))
-    return pair
+    return (
+        (f"{original.width} x {original.height}: {name}", left),
+        (f"augmented; priors matched: {int((matched > 0).sum())}, and by object", right),
+    )

@@ -28,7 +28,7 @@ h1 { font-size: 24px; } h2 { font-size: 19px; margin-top: 36px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 14px; }
 figure { margin: 0; } figure img { width: 100%; height: auto; } figcaption { font-size: 13px; overflow-wrap: anywhere; }
 .big { font-size: 32px; font-weight: 600; } .note { color: #666; }
 """

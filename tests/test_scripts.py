@@ -19,7 +19,8 @@ from detect import annotate, detect, find_objects
 from utils import InputError, label_color_map, make_label_map, transform
 
 MODULES = (
-    "model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists", "devices", "runs"
+    "model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists", "devices", "runs",
+    "checks", "drawing", "results", "report",
 )  # fmt: skip
 QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5)
 
@@ -90,7 +91,17 @@ def test_a_finished_run_is_not_overwritten_but_gone_on_with_or_exported(trained,
 
 def test_evaluation_prints_a_table_and_writes_it(trained, sample, tmp_path, run):
     arguments = ("--data-folder", sample, "--checkpoint", trained[0] / "checkpoint.pth", "--workers", 0)
-    printed = run("eval.py", *arguments, "--results", tmp_path / "results.json")
+    report = ("--report", tmp_path / "report", "--voc-results", tmp_path / "voc", "--coco", "--bootstrap", 20)
+    files = ("--results", tmp_path / "results.json", "--detections", tmp_path / "detections.json")
+    printed = run("eval.py", *arguments, *report, *files)
+    assert "95% interval of the 11-point mAP" in printed
+    assert "COCO's rules: AP " in printed
+    assert {path.name for path in (tmp_path / "voc").iterdir()} == {
+        f"comp4_det_test_{name}.txt" for name in SAMPLE_LABELS
+    }
+    detections = json.loads((tmp_path / "detections.json").read_text())
+    assert {entry["image_id"] for entry in detections} <= {6, 7, 8}  # the names of the test images
+    assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["images"] == 3
     assert set(results["AP_11_point"]) == set(results["AP_area"]) == set(SAMPLE_LABELS)
@@ -137,7 +148,7 @@ def test_lists_are_made_from_the_command_line(sample, tmp_path, run):
     assert "000000.xml" in message
     assert "no known class" in message
     assert not (tmp_path / "voc").exists()
-    assert "either --voc07" in run("create_data_lists.py", "--output-folder", tmp_path, status=2)
+    assert "give one of --train" in run("create_data_lists.py", "--output-folder", tmp_path, status=2)
     printed = run("create_data_lists.py", "--sample", "--output-folder", tmp_path / "made")
     assert "TRAIN: 240 images" in printed
     assert "images without objects" in printed
@@ -330,10 +341,14 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
     seen = {}
     model = Oracle(dataset.label_map, (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
     monkeypatch.setattr(eval_script, "load_model", lambda *arguments: model)
-    monkeypatch.setattr(eval_script, "evaluate", lambda loader, model, precision: seen.update(data=loader.dataset) or {
-        "images": 1, "network_seconds": 0, "post_processing_seconds": 0, "AP_11_point": {"a": 1}, "AP_area": {"a": 1},
-        "mAP_11_point": 1, "mAP_area": 1,
-    })  # fmt: skip
+    monkeypatch.setattr(
+        eval_script,
+        "detect_all",
+        lambda loader, model, precision: (
+            seen.update(data=loader.dataset)
+            or ([[] for _ in range(6)], {"waiting": 0, "network": 0, "post_processing": 0})
+        ),
+    )
     monkeypatch.setattr(sys, "argv", ["eval.py", "--data-folder", str(tmp_path), "--workers", "0"])
     eval_script.main()
     assert seen["data"][0][3].tolist() == [0, 1]
