@@ -95,23 +95,26 @@ def _shared_area(box, other):
 
 
 def tile(pictures, columns, side):
-    """Return a white sheet of pictures with titles, each shrunk or enlarged into a square.
+    """Return a white sheet of pictures with titles, each shrunk or enlarged so that its longer side is `side` pixels.
 
     :param pictures: (title, PIL image) each, row by row
     :param columns: how many side by side
-    :param side: of the squares, pixels
     """
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    step_x, step_y = side + MARGIN, side + HEADER + MARGIN
-    sheet = Image.new("RGB", (columns * step_x + MARGIN, rows * step_y + MARGIN), "white")
+    pictures = [
+        (title, picture.resize([max(1, round(length * side / max(picture.size))) for length in picture.size]))
+        for title, picture in pictures
+    ]
+    rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
+    heights = [HEADER + MARGIN + max(picture.height for _, picture in row) for row in rows]
+    sheet = Image.new("RGB", (len(rows[0]) * (side + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for number, (title, picture) in enumerate(pictures):
-        x, y = MARGIN + number % columns * step_x, MARGIN + number // columns * step_y
-        while font.getlength(title) > side:
-            title = title[:-4] + "..."
-        draw.text((x, y), title, fill="black", font=font)
-        scale = side / max(picture.size)
-        picture = picture.resize([max(1, round(length * scale)) for length in picture.size])
-        sheet.paste(picture, (x + (side - picture.width) // 2, y + HEADER + (side - picture.height) // 2))
+    y = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for column, (title, picture) in enumerate(row):
+            x = MARGIN + column * (side + MARGIN)
+            while font.getlength(title) > side:
+                title = title[:-4] + "..."
+            draw.text((x, y), title, fill="black", font=font)
+            sheet.paste(picture, (x, y + HEADER))
+        y += height
     return sheet
