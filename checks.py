@@ -8,11 +8,11 @@ preview(PascalVOCDataset("data/voc", "TRAIN"), 8).save("preview.jpg")
 import hashlib
 import os
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from devices import count_cores
@@ -21,8 +21,8 @@ from model import FEATURE_MAPS, SSD300, MultiBoxLoss
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    OUTSIDE,
     InputError,
+    find_outside,
     jaccard_overlap,
     label_color_map,
     read_image,
@@ -45,18 +45,21 @@ def check(splits, label_map, with_images=False, zero_based=False):
     breaking, odd = defaultdict(list), defaultdict(list)
     if with_images:
         _check_images(splits, breaking, odd)
+    for split, (images, _) in splits.items():
+        odd[f"image twice in {split}"] += [path for path, count in Counter(images).items() if count > 1]
     in_train = set(splits["TRAIN"][0])
     odd["same file in TRAIN and TEST"] += [path for path in splits["TEST"][0] if path in in_train]
     for split, (_, annotations) in splits.items():
         present = Counter()
         for annotation in annotations:
             present.update(annotation["names"])
-            for problem, line in annotation["problems"]:
+            for problem, _, line in annotation["problems"] + find_outside(annotation):
                 breaking[problem].append(line)
-            if annotation["n_below_one"] and not zero_based:
-                line = f"{annotation['path']}: {annotation['n_below_one']} of {len(annotation['boxes'])}"
-                odd["box that begins below 1, where VOC begins (0-based? then give --zero-based)"].append(line)
-            _check_boxes(annotation, breaking, odd)
+            if annotation["n_below"]:
+                title = "0" if zero_based else "1, where VOC begins (0-based? then give --zero-based)"
+                line = f"{annotation['path']}: {annotation['n_below']} of {len(annotation['boxes'])}"
+                odd[f"box that begins below {title}"].append(line)
+            _check_boxes(annotation, odd)
         missing = [name for name in label_map if not present[name] and name != "background"]
         odd[f"class without objects in {split}"] += missing
     return tuple(
@@ -66,9 +69,12 @@ def check(splits, label_map, with_images=False, zero_based=False):
 
 def _check_images(splits, breaking, odd):
     paths = sorted({path for images, _ in splits.values() for path in images})
-    with ProcessPoolExecutor(count_cores()) as pool:
-        looks = tqdm(pool.map(_look_at, paths, chunksize=16), "images", len(paths), unit="", leave=False, disable=None)
-        seen = dict(zip(paths, looks, strict=True))
+    loader = DataLoader(_Looks(paths), batch_size=None, collate_fn=tuple, num_workers=count_cores())
+    try:
+        looks = list(tqdm(loader, "images", unit="", leave=False, disable=None))
+    except RuntimeError as error:
+        raise InputError("--check: a process that reads images was killed; is there memory enough?") from error
+    seen = dict(zip(paths, looks, strict=True))
     breaking["image that cannot be read"] += [error for _, _, error in seen.values() if error]
     digests = {seen[path][1]: path for path in splits["TRAIN"][0]}
     for path in splits["TEST"][0]:
@@ -84,17 +90,20 @@ def _check_images(splits, breaking, odd):
             annotation["size"] = size or stated
 
 
-def _look_at(path):
-    """Return size and digest of an image, and what is wrong with it."""
-    try:
-        size = read_image(path).size
-        with open(path, "rb") as file:
-            return size, hashlib.file_digest(file, "sha256").digest(), None
-    except (InputError, OSError) as error:
-        return None, None, str(error)
+class _Looks(list):
+    """Paths of images, of which each gives size and digest, and what is wrong with it."""
+
+    def __getitem__(self, index):
+        path = super().__getitem__(index)
+        try:
+            size = read_image(path).size
+            with open(path, "rb") as file:
+                return size, hashlib.file_digest(file, "sha256").digest(), None
+        except (InputError, OSError) as error:
+            return None, None, str(error)
 
 
-def _check_boxes(annotation, breaking, odd):
+def _check_boxes(annotation, odd):
     """Check one annotation's boxes, against its size, too, where that is known."""
     objects = list(zip(annotation["names"], map(tuple, annotation["boxes"]), strict=True))
     for (name, box), count in Counter(objects).items() if len(set(objects)) < len(objects) else ():
@@ -104,17 +113,16 @@ def _check_boxes(annotation, breaking, odd):
         return
     width, height = annotation["size"]
     boxes = np.array(annotation["boxes"])
-    is_outside = (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
-    reaches_out = ((boxes[:, 2] > width) | (boxes[:, 3] > height)) & ~is_outside
+    is_inside = (boxes[:, 0] < width) & (boxes[:, 1] < height)
+    reaches_out = ((boxes[:, 2] > width) | (boxes[:, 3] > height)) & is_inside
     shapes = (boxes[:, 2:] - boxes[:, :2]) / (width, height)
-    for problems, title, found in (
-        (breaking, OUTSIDE, is_outside),
-        (odd, "box that reaches beyond its image", reaches_out),
-        (odd, "object too small for any prior to match by itself, at 300 x 300 pixels", _is_too_small(shapes)),
+    for title, found in (
+        ("box that reaches beyond its image", reaches_out),
+        ("object too small for any prior to match by itself, at 300 x 300 pixels", _is_too_small(shapes)),
     ):
         for number in found.nonzero()[0]:
             line = f"{annotation['path']}: object {number + 1} ({annotation['names'][number]})"
-            problems[title].append(f"{line}, {annotation['boxes'][number]} of {width:g} x {height:g}")
+            odd[title].append(f"{line}, {annotation['boxes'][number]} of {width:g} x {height:g}")
 
 
 def _is_too_small(shapes, smallest=0.1):

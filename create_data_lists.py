@@ -8,9 +8,12 @@ python create_data_lists.py --sample --output-folder data/sample
 """
 
 import argparse
+import errno
 import os
+import shlex
 import socket
 import tarfile
+import urllib.error
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -27,6 +30,8 @@ from utils import (
     create_data_lists,
     label_map,
     label_objects,
+    leave_out_unknown,
+    make_folder,
     make_label_map,
     read_annotations,
     read_json,
@@ -92,6 +97,13 @@ def parse_arguments(arguments=None):
         raise InputError("--train: give --test ROOT[:SPLIT] or --split SHARE with it")
     if settings.split is not None and not 0 < settings.split < 1:
         raise InputError(f"--split {settings.split}: must lie between 0 and 1")
+    if settings.split is not None:
+        for root in settings.train:
+            if not os.path.isdir(root):
+                raise InputError(f"{root}: no such folder; with --split, --train takes folders without :SPLIT")
+    reading = settings.labels or settings.ignore_unknown or settings.zero_based or settings.check
+    if reading and not (settings.download or settings.voc07 or settings.train):
+        raise InputError("--labels, --ignore-unknown, --zero-based and --check go with --train, --voc07 or --download")
     if settings.seed < 0 or (settings.preview is not None and not 1 <= settings.preview <= 200):
         raise InputError("--seed must be 0 or more, --preview 1 to 200")
     return settings
@@ -112,7 +124,7 @@ def find_images(settings):
 
 def _parse_source(source, split):
     root, colon, given = source.rpartition(":")
-    return (root, given) if colon and not os.path.isdir(source) else (source, split)
+    return (root, given) if given and colon and not os.path.isdir(source) else (source, split)
 
 
 def choose_classes(settings, splits):
@@ -129,13 +141,15 @@ def make_lists(settings):
     """Make the lists that the settings ask for, checked; InputError, and nothing written, where something is wrong."""
     splits = read_annotations(*find_images(settings), settings.zero_based)
     classes = choose_classes(settings, splits)
+    if settings.ignore_unknown:
+        leave_out_unknown(splits, classes)
     breaking, odd = check(splits, classes, settings.check, settings.zero_based)
     print_problems(breaking, odd)
     lines = [line for problem in breaking.values() for line in problem]
     if lines:
-        more = f" ({len(lines)} problems like that, listed above)" if len(lines) > 1 else ""
+        more = f" ({len(lines)} problems like that, the first of each kind above)" if len(lines) > 1 else ""
         raise InputError(f"{lines[0]}{more}; nothing was written")
-    lists = label_objects(splits, classes, settings.ignore_unknown)
+    lists = label_objects(splits, classes)
     write_data_lists(lists, classes, settings.output_folder)
     print_summary(lists, classes)
     for split, overlaps in best_prior_overlaps(lists, splits).items():
@@ -164,11 +178,12 @@ def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60
     :param patience: seconds without an answer after which the next mirror is tried
     :raises InputError: naming the file to put in place, where no mirror has it
     """
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
+    kept = {year for year, *_ in archives if os.path.isdir(os.path.join(folder, "VOCdevkit", year.upper()))}
     for year, name, md5 in archives:
         path = os.path.join(folder, name)
         unpacked = f"{path}.unpacked"
-        if os.path.exists(unpacked):
+        if os.path.exists(unpacked) and year in kept:
             continue
         failures = []
         for mirror in mirrors if not check_integrity(path, md5) else ():
@@ -180,8 +195,12 @@ def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60
                 os.replace(f"{path}.part", path)
                 break
             except Exception as error:  # servers fail in a dozen ways
+                ours = isinstance(error, OSError) and not isinstance(error, urllib.error.URLError)
+                if ours and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+                    raise  # the disk, not the server
                 failures.append(f"{url}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
-                with suppress(FileNotFoundError):
+            finally:
+                with suppress(OSError):
                     os.remove(f"{path}.part")
         if len(failures) == len(mirrors):
             raise InputError(f"{path}: cannot be fetched ({'; '.join(failures)}); put it there and try again")
@@ -345,7 +364,7 @@ def main():
         with atomic_writer(os.path.join(folder, "preview.jpg")) as file:
             picture.save(file, "JPEG", quality=90)
         print(f"preview: {os.path.join(folder, 'preview.jpg')}")
-    print(f"the lists are in {folder}; next: python train.py --data-folder {folder}")
+    print(f"the lists are in {folder}; next: {shlex.join(['python', 'train.py', '--data-folder', folder])}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from utils import (
     cxcy_to_xy,
     gcxgcy_to_cxcy,
     label_color_map,
+    make_folder,
     read_image,
     run_command,
     transform,
@@ -322,7 +323,7 @@ def main():
 
     copies, colors, unreadable = _name_copies(settings), label_color_map(model.label_map), 0
     if settings.output_folder:
-        os.makedirs(settings.output_folder, exist_ok=True)
+        make_folder(settings.output_folder)
     width = max(map(len, model.label_map))
     with ExitStack() as files:
         lines = files.enter_context(atomic_writer(settings.json)) if settings.json else None

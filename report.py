@@ -13,7 +13,7 @@ import torch
 
 from drawing import draw_boxes
 from results import pixel_boxes, summarize
-from utils import InputError, find_jaccard_overlap, read_image, write_files
+from utils import InputError, find_jaccard_overlap, make_folder, read_image, write_files
 
 N_SHOWN = 24  # mistakes of each kind, and confusions
 MATRIX_LIMIT = 25  # classes up to which the whole table of confusions is legible
@@ -63,7 +63,7 @@ def write_report(folder, results, curves, found, dataset):
         ),
         "</html>",
     ]
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     write_files({os.path.join(folder, "index.html"): "\n".join(parts)})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags
 from tqdm import tqdm
 
-from utils import InputError, average_precision, open_image, read_json, write_files
+from utils import InputError, average_precision, make_folder, open_image, read_json, write_files
 
 
 def image_names(paths):
@@ -57,7 +57,7 @@ def write_voc_results(folder, found, names, sizes, label_map):
     for boxes, labels, scores, name, size in zip(*found[:3], names, sizes, strict=True):
         for box, label, score in zip(pixel_boxes(boxes, size) + 1, labels.tolist(), scores.tolist(), strict=True):
             lines[label].append(f"{name} {score:.9g} {box[0]:.6f} {box[1]:.6f} {box[2]:.6f} {box[3]:.6f}\n")
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     files = {
         os.path.join(folder, f"comp4_det_test_{name.replace(os.sep, '_')}.txt"): "".join(lines[label])
         for name, label in label_map.items() if label

@@ -10,12 +10,12 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -180,7 +180,8 @@ class Run:
     def open_board(self):
         """Have the log go to TensorBoard, too, which hides what a run that is resumed logged after its checkpoint."""
         if not self.settings.resume:
-            shutil.rmtree(self.path("tensorboard"), ignore_errors=True)  # an earlier run's
+            for events in glob.glob(os.path.join(glob.escape(self.path("tensorboard")), "events.out.tfevents.*")):
+                os.remove(events)  # an earlier run's
         self.board = import_tensorboard().SummaryWriter(self.path("tensorboard"), purge_step=self.iteration + 1)
 
     def show_examples(self, n=4):

@@ -47,7 +47,7 @@ from devices import (
 )
 from model import SSD300, MultiBoxLoss
 from runs import Interval, Run, describe_run, fingerprint, import_tensorboard, show, train_step, validate
-from utils import InputError, check_target, run_command
+from utils import InputError, check_target, make_folder, run_command
 
 # What --sample changes. On a CPU just enough to see the loss fall within minutes, on a GPU to detect well.
 SAMPLE = {
@@ -285,7 +285,7 @@ def train(settings):
         return run
 
     if rank() == 0:
-        os.makedirs(settings.output_folder, exist_ok=True)
+        make_folder(settings.output_folder)
         if not settings.resume and os.path.exists(run.path("best.pth")):  # an earlier run's
             os.remove(run.path("best.pth"))
         for name in ("checkpoint.pth", "best.pth", "log.jsonl"):
@@ -351,12 +351,13 @@ def dry_run(run, network, train_loader, test_loader):
     """Make two steps, the second of them timed, and validate one batch; print what a training would take."""
     settings, device = run.settings, run.model.priors_cxcy.device
     say = print if rank() == 0 else lambda _: None
-    started = time.perf_counter()
+    asked = time.perf_counter()
     for batch in itertools.islice(batches_on(device, train_loader), 2):
-        started, before = time.perf_counter(), started
+        started = time.perf_counter()
         losses = sum_over_processes(train_step(run, network, batch, learning_rate(0, settings))).tolist()
-        seconds = time.perf_counter() - started
-        say(f"step in {seconds:.2f} s, after {started - before:.2f} s for its images; loss {sum(losses[:2]):.3f}")
+        waited, asked = started - asked, time.perf_counter()
+        seconds = asked - started
+        say(f"step in {seconds:.2f} s, after {waited:.2f} s for its images; loss {sum(losses[:2]):.3f}")
     if test_loader:
         batch = list(itertools.islice(test_loader, 1))
         result = validate(batch, run.model, run.criterion, run.precision, settings.validate_map)

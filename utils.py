@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import warnings
@@ -37,6 +38,8 @@ class DivergenceError(InputError):
 
 def run_command(main):
     """Run a script's `main`; bad input ends in one line on standard error and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold anything
     message = None
     try:
         main()
@@ -74,6 +77,14 @@ def atomic_writer(path):
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def make_folder(path):
+    """Make a folder where it is not there; InputError where that is impossible."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made, or is no folder ({error.strerror}); give another") from error
 
 
 def check_target(path):
@@ -131,7 +142,10 @@ def read_labels(path):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read these labels ({error}); give a text file, a name per line") from error
     if text.lstrip().startswith(("{", "[")):
-        labels = read_json(path)
+        try:
+            labels = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: neither JSON ({error}) nor names, one per line; correct it") from error
         if isinstance(labels, dict):
             check_label_map(labels, path)
             return labels
@@ -164,7 +178,7 @@ MAX_COORDINATE = 1e9  # pixels; beyond it is no picture
 
 # What can be wrong with an annotation, so that nothing can be trained on it.
 UNREADABLE, NO_CLASS, NO_BOX = "annotation that cannot be read", "object without a class", "object without a box"
-NO_AREA, OUTSIDE = "box without area", "box outside its image"
+NO_AREA, OUTSIDE = "box without area", "box outside its image"  # in float32, in which a training sees it
 
 
 def read_annotation(annotation_path, zero_based=False):
@@ -173,11 +187,12 @@ def read_annotation(annotation_path, zero_based=False):
     :param annotation_path: path of the XML file; its coordinates are pixels, integer or float
     :param zero_based: whether they count from 0; VOC's count from 1
     :return: {"path": the path, "names": n class names, "boxes": n lists (x_min, y_min, x_max, y_max) in 0-based pixels,
-        "difficulties": n of 0 or 1, "size": (width, height) or None, "n_below_one": how many boxes begin below 1,
-        "problems": (what, a line that names file and object and says what to do) for all that is wrong and left out}
+        "difficulties": n of 0 or 1, "size": (width, height) or None, "n_below": how many boxes begin below the first
+        pixel, "problems": (what, class name, a line that names file and object and says what to do) for all that is
+        wrong and left out}
     """
     annotation = {
-        "path": annotation_path, "names": [], "boxes": [], "difficulties": [], "size": None, "n_below_one": 0,
+        "path": annotation_path, "names": [], "boxes": [], "difficulties": [], "size": None, "n_below": 0,
         "problems": [],
     }  # fmt: skip
     problems = annotation["problems"]
@@ -186,11 +201,12 @@ def read_annotation(annotation_path, zero_based=False):
             raise FileNotFoundError("there is no such file")
         root = ElementTree.parse(annotation_path).getroot()
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
-        problems.append((UNREADABLE, f"{annotation_path}: cannot read this annotation ({error}); correct or remove it"))
+        line = f"{annotation_path}: cannot read this annotation ({error}); correct or remove it"
+        problems.append((UNREADABLE, None, line))
         return annotation
     if root.tag != "annotation":
         line = f"{annotation_path}: its root is <{root.tag!s:.99}>, not VOC's <annotation>; correct or remove it"
-        problems.append((UNREADABLE, line))
+        problems.append((UNREADABLE, None, line))
         return annotation
 
     size = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
@@ -198,7 +214,7 @@ def read_annotation(annotation_path, zero_based=False):
         annotation["size"] = size
     # Only direct children count: VOC's <part> elements have names and boxes of their own.
     for number, element in enumerate(root.findall("object"), start=1):
-        name = " ".join((element.findtext("name") or "").split())
+        name = sys.intern(" ".join((element.findtext("name") or "").split()))
         where = f"{annotation_path}: object {number} ({name or 'no name'})"
         difficult = (element.findtext("difficult") or "0").strip()
         texts = {corner: element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")}
@@ -206,28 +222,43 @@ def read_annotation(annotation_path, zero_based=False):
         # A 0-based annotation that is taken for a 1-based one must not become negative.
         box = [max(value - (not zero_based), 0.0) for value in values.values()]
         box = [int(value) if value.is_integer() else value for value in box]
-        x_min, y_min, x_max, y_max = box
         if name in ("", "background"):
-            problems.append((NO_CLASS, f"{where} is of no known class; correct its name"))
+            line = f"{where} is of no known class; correct its name ('background' is reserved)"
+            problems.append((NO_CLASS, name, line))
         elif difficult not in ("0", "1"):
-            problems.append((NO_BOX, f"{where} has <difficult>{difficult:.99}</difficult>; expected 0 or 1"))
+            line = f"{where} has <difficult>{difficult:.99}</difficult>; expected 0 or 1"
+            problems.append((NO_BOX, name, line))
         elif max(box) >= MAX_COORDINATE:
             corner = max(values, key=values.get)
             line = f"{where} has {corner} {texts[corner]!r:.99} in its bndbox; expected a number of pixels"
-            problems.append((NO_BOX, line))
-        elif x_min >= x_max or y_min >= y_max:
+            problems.append((NO_BOX, name, line))
+        elif not _has_area(box):
             line = f"{where} has a box without area, {box} in 0-based pixels; correct or remove the object"
-            problems.append((NO_AREA, line))
-        elif annotation["size"] and (x_min >= size[0] or y_min >= size[1]):
-            side, pixels = ("width", size[0]) if x_min >= size[0] else ("height", size[1])
-            line = f"{where} has a box outside the image's {side} of {pixels:g} pixels; correct or remove it"
-            problems.append((OUTSIDE, line))
+            problems.append((NO_AREA, name, line))
         else:
             annotation["names"].append(name)
             annotation["boxes"].append(box)
             annotation["difficulties"].append(int(difficult))
-            annotation["n_below_one"] += min(values["xmin"], values["ymin"]) < 1
+            annotation["n_below"] += min(values["xmin"], values["ymin"]) < (not zero_based)
     return annotation
+
+
+def find_outside(annotation):
+    """Return the problems, as `read_annotation` does, of boxes that lie outside the image of the annotation's size."""
+    problems = []
+    width, height = annotation["size"] or (math.inf, math.inf)
+    for number, (name, box) in enumerate(zip(annotation["names"], annotation["boxes"], strict=True), start=1):
+        x_min, y_min = np.float32(box[:2]).tolist() if box[0] > width - 1 or box[1] > height - 1 else (0, 0)
+        if x_min >= width or y_min >= height:
+            side, pixels = ("width", width) if x_min >= width else ("height", height)
+            line = f"{annotation['path']}: object {number} ({name}) has a box outside the image's {side}"
+            problems.append((OUTSIDE, name, f"{line} of {pixels:g} pixels; correct or remove it"))
+    return problems
+
+
+def _has_area(box):
+    x_min, y_min, x_max, y_max = np.float32(box).tolist()
+    return x_min < x_max and y_min < y_max
 
 
 def _number(text):
@@ -250,7 +281,7 @@ def parse_annotation(annotation_path, label_map=label_map, zero_based=False):
     :raises InputError: naming the file and the object, for anything that is not a valid annotation
     """
     annotation = read_annotation(annotation_path, zero_based)
-    for _, line in annotation["problems"]:
+    for *_, line in annotation["problems"] + find_outside(annotation):
         raise InputError(line)
     return label_objects({"": ([], [annotation])}, label_map)[""][1][0]
 
@@ -268,14 +299,26 @@ def read_split(root, split):
     images = _find_images(root)
     pairs = []
     for line in lines:
-        # A line is a name, which may hold spaces or the suffix; VOC's files of a class have a number after it.
-        names = (line, os.path.splitext(line)[0], line.split()[0])
-        name = next((name for name in names if name in images), None)
-        if name is None:
-            image = os.path.join(root, "JPEGImages", f"{names[-1]:.200}.jpg")
+        # A line is a name, which may hold spaces or end in the suffix; VOC's files of a class have -1, 0 or 1 after it.
+        stem, suffix = os.path.splitext(line)
+        flagged = re.fullmatch(r"(\S+)\s+(-1|0|1)", line)
+        names = [line, stem if suffix.lower() in IMAGE_SUFFIXES else line, flagged[1] if flagged else line]
+        found = ((name, images.get(name) or _find_below(root, name)) for name in names)
+        name, image = next((pair for pair in found if pair[1]), (names[-1], None))
+        if image is None:
+            image = os.path.join(root, "JPEGImages", f"{name:.200}.jpg")
             raise InputError(f"{image}: no such image, though {split_file} names it; add it or drop the line")
-        pairs.append((images[name], os.path.join(root, "Annotations", f"{name}.xml")))
+        pairs.append((image, os.path.join(root, "Annotations", f"{name}.xml")))
     return pairs
+
+
+def _find_below(root, name):
+    """Return the path of an image whose name has the folders in JPEGImages in it, where it is one; None else."""
+    parts = name.split("/")
+    if len(parts) == 1 or not {"", ".", ".."}.isdisjoint(parts) or "\0" in name:
+        return None
+    stem = os.path.join(root, "JPEGImages", *parts)
+    return next((stem + suffix for suffix in IMAGE_SUFFIXES if os.path.isfile(stem + suffix)), None)
 
 
 def split_at_random(roots, share, seed):
@@ -285,7 +328,7 @@ def split_at_random(roots, share, seed):
     :param seed: the same seed, the same lists, in whatever order the folders give their files
     """
     pairs = []
-    for root in map(os.path.abspath, roots):
+    for root in {os.path.realpath(root): os.path.abspath(root) for root in roots}.values():  # each once
         folder = os.path.join(root, "Annotations")
         try:
             names = sorted(name for name in os.listdir(folder) if name.endswith(".xml"))
@@ -335,11 +378,25 @@ def read_annotations(train, test, zero_based=False):
     return splits
 
 
-def label_objects(splits, label_map, ignore_unknown=False):
+def leave_out_unknown(splits, label_map):
+    """Take the objects, and what is wrong with them, out of annotations whose class a label map does not have.
+
+    :param splits: what `read_annotations` returns; it is changed
+    """
+    for _, annotations in splits.values():
+        for annotation in annotations:
+            known = [index for index, name in enumerate(annotation["names"]) if label_map.get(name)]
+            for key in ("names", "boxes", "difficulties"):
+                annotation[key] = [annotation[key][index] for index in known]
+            annotation["problems"] = [
+                problem for problem in annotation["problems"] if not problem[1] or label_map.get(problem[1])
+            ]
+
+
+def label_objects(splits, label_map):
     """Turn class names into indices.
 
     :param splits: what `read_annotations` returns
-    :param ignore_unknown: leave objects out whose class the label map has not
     :return: {"TRAIN": (image paths, objects), "TEST": the same}, objects as `parse_annotation` returns them
     :raises InputError: with all unknown names and how often they occur
     """
@@ -352,11 +409,9 @@ def label_objects(splits, label_map, ignore_unknown=False):
                 number = labels.index(None)
                 where = where or f"{annotation['path']}: object {number + 1} ({annotation['names'][number]})"
                 unknown.update(name for name in annotation["names"] if name not in label_map)
-            known = [index for index, label in enumerate(labels) if label is not None]
-            parts = {"boxes": annotation["boxes"], "labels": labels, "difficulties": annotation["difficulties"]}
-            objects.append({key: [values[index] for index in known] for key, values in parts.items()})
+            objects.append({"boxes": annotation["boxes"], "labels": labels, "difficulties": annotation["difficulties"]})
         lists[split] = images, objects
-    if unknown and not ignore_unknown:
+    if unknown:
         names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common())
         known = ", ".join(name for name in label_map if name != "background")
         raise InputError(
@@ -371,7 +426,7 @@ def write_data_lists(lists, label_map, output_folder):
     files = {"label_map": label_map}
     for split, (images, objects) in lists.items():
         files |= {f"{split}_images": images, f"{split}_objects": objects}
-    os.makedirs(output_folder, exist_ok=True)
+    make_folder(output_folder)
     write_json({os.path.join(output_folder, f"{name}.json"): value for name, value in files.items()})
 
 
@@ -392,7 +447,7 @@ def create_data_lists(train, test, output_folder, label_map=label_map):
     splits = read_annotations(train, test)
     for _, annotations in splits.values():
         for annotation in annotations:
-            for _, line in annotation["problems"]:
+            for *_, line in annotation["problems"] + find_outside(annotation):
                 raise InputError(line)
     lists = label_objects(splits, label_map)
     write_data_lists(lists, label_map, output_folder)
@@ -446,7 +501,17 @@ def read_json(path):
 
 def write_json(files):
     """Write {path: value} as JSON files; they take their names when all are written whole, else none does."""
-    write_files({path: json.dumps(value, ensure_ascii=False) for path, value in files.items()})
+    texts = {path: json.dumps(value, ensure_ascii=False) for path, value in files.items()}
+    if not all(text.isascii() or _is_utf8(text) for text in texts.values()):  # names of files may hold anything
+        texts = {path: json.dumps(value) for path, value in files.items()}
+    write_files(texts)
+
+
+def _is_utf8(text):
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def write_files(files):

@@ -1,6 +1,8 @@
 """Data of one's own: classes, folders, the checker's report, the preview."""
 
 import json
+import os
+import signal
 
 import fuzz
 import numpy as np
@@ -9,9 +11,9 @@ import torch
 from PIL import Image
 
 import create_data_lists as script
-from checks import best_overlap, check, preview, print_problems
+from checks import best_overlap, best_prior_overlaps, check, preview, print_problems
 from datasets import PascalVOCDataset
-from model import MultiBoxLoss
+from model import SSD300, MultiBoxLoss
 from utils import (
     InputError,
     cxcy_to_xy,
@@ -56,7 +58,7 @@ def folder(tmp_path):
                 Image.new("RGB", (100, 80), (next(colors), 90, 50)).save(root / "JPEGImages" / file)
                 names.append(file.rpartition(".")[0])
                 (root / "Annotations" / f"{names[-1]}.xml").write_text(text)
-            (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+            (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names), errors="surrogateescape")
         return root
 
     return make
@@ -133,8 +135,23 @@ def test_unknown_classes_stop_with_their_counts_or_are_left_out(folder, tmp_path
 def test_pixels_count_from_one_unless_told(tmp_path, folder):
     path = folder({"trainval": {"a.jpg": xml(("bolt", 0, 0.5, 99.5, 80))}}) / "Annotations" / "a.xml"
     assert read_annotation(path)["boxes"] == [[0, 0, 98.5, 79]]
-    assert read_annotation(path)["n_below_one"] == 1
+    assert read_annotation(path)["n_below"] == 1
     assert read_annotation(path, zero_based=True)["boxes"] == [[0, 0.5, 99.5, 80]]
+    assert read_annotation(path, zero_based=True)["n_below"] == 0
+    path.write_text(xml(("bolt", 1, 1, 9, 9), ("nut", -0.1, 1, 9, 9)))
+    assert [read_annotation(path, zero_based)["n_below"] for zero_based in (False, True)] == [1, 1]
+
+
+def test_the_command_line_tells_from_where_pixels_count(folder, tmp_path, capsys):
+    root = folder({"trainval": {"a.jpg": xml(("bolt", 0, 5, 60, 50))}, "test": {"b.jpg": xml(BOLT)}})
+    arguments = ("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
+    assert prepare(*arguments)["TRAIN"].objects[0]["boxes"] == [[0, 4, 59, 49]]
+    assert "give --zero-based" in capsys.readouterr().out
+    assert prepare(*arguments, "--zero-based")["TRAIN"].objects[0]["boxes"] == [[0, 5, 60, 50]]
+    assert "begins below" not in capsys.readouterr().out
+    (root / "Annotations" / "a.xml").write_text(xml(("bolt", -60, -70, 60, 50)))
+    prepare(*arguments, "--zero-based")
+    assert "box that begins below 0: 1" in capsys.readouterr().out
 
 
 def test_a_random_split_is_a_function_of_its_seed_and_takes_all(folder):
@@ -152,6 +169,46 @@ def test_a_random_split_is_a_function_of_its_seed_and_takes_all(folder):
         split_at_random(roots, 0.8, seed=3)
 
 
+def test_the_command_line_divides_by_its_seed(folder, tmp_path):
+    root = folder({"x": {f"{number}.jpg": xml(BOLT) for number in range(9)}})
+    arguments = ("--train", root, root / "", "--split", 0.5, "--labels", "auto", "--output-folder", tmp_path / "lists")
+    data = [prepare(*arguments, "--seed", seed) for seed in (0, 0, 1)]
+    images = [[sorted(part.images) for part in parts.values()] for parts in data]
+    assert images[0] == images[1] != images[2]
+    assert not set(images[0][0]) & set(images[0][1])  # though the folder was given twice
+
+
+def test_folders_are_read_in_the_order_of_names(folder, monkeypatch):
+    root = folder({"x": {f"{number}.jpg": xml() for number in range(5)}})
+    expected = split_at_random([root], 0.5, seed=0)
+    names = os.listdir(root / "Annotations")
+    for order in (sorted(names), sorted(names, reverse=True)):
+        monkeypatch.setattr(os, "listdir", lambda _, order=order: order)
+        assert split_at_random([root], 0.5, seed=0) == expected
+
+
+def test_of_images_of_one_name_the_jpeg_counts(folder):
+    root = folder({"trainval": {"a.png": xml()}, "test": {"a.jpg": xml()}, "more": {"a.bmp": xml()}})
+    assert read_split(root, "trainval")[0][0].endswith("a.jpg")
+
+
+def test_names_may_lead_to_folders_below(folder):
+    root = folder({"trainval": {"a.jpg": xml()}})
+    for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (root / part / "s").mkdir()
+        (root / part / f"a.{suffix}").rename(root / part / "s" / f"b.{suffix}")
+    (root / "ImageSets" / "Main" / "x.txt").write_text("s/b\n")
+    assert read_split(root, "x") == [(str(root / "JPEGImages/s/b.jpg"), str(root / "Annotations/s/b.xml"))]
+
+
+def test_names_of_files_may_be_of_any_encoding(folder, tmp_path):
+    root = folder({"trainval": {"caf\udce9.jpg": xml(BOLT)}, "test": {"猫.jpg": xml(BOLT)}})
+    data = prepare("--train", root, "--split", 0.5, "--labels", "auto", "--output-folder", tmp_path / "lists")
+    names = {path.rpartition("/")[2] for part in data.values() for path in part.images}
+    assert names == {"caf\udce9.jpg", "猫.jpg"}
+    assert all(part[0][0].isfinite().all() for part in data.values())
+
+
 @pytest.mark.parametrize("line", ["a", "a.jpg", "a 1", "  a -1 ", "\ufeffa"])
 def test_a_line_of_a_split_is_a_name_with_what_may_stand_beside_it(line, folder):
     root = folder({"trainval": {"a.jpg": xml()}})
@@ -159,7 +216,7 @@ def test_a_line_of_a_split_is_a_name_with_what_may_stand_beside_it(line, folder)
     assert read_split(root, "s") == [(str(root / "JPEGImages" / "a.jpg"), str(root / "Annotations" / "a.xml"))]
 
 
-@pytest.mark.parametrize("line", ["b", "../Annotations/a", "/etc/passwd", "a/../a"])
+@pytest.mark.parametrize("line", ["b", "../Annotations/a", "/etc/passwd", "a/../a", "a.2", "a 3", "a (copy)", "s/a"])
 def test_a_line_of_a_split_that_names_no_image_is_refused(line, folder):
     root = folder({"trainval": {"a.jpg": xml()}})
     (root / "ImageSets" / "Main" / "s.txt").write_text(line)
@@ -173,11 +230,14 @@ def test_a_line_of_a_split_that_names_no_image_is_refused(line, folder):
         ([], "give one of --train"),
         (["--train", "a"], "give --test ROOT.:SPLIT. or --split"),
         (["--train", "a", "--test", "b", "--split", "0.5"], "give --test ROOT.:SPLIT. or --split"),
-        (["--train", "a", "--split", "1.5"], "between 0 and 1"),
+        (["--train", ".", "--split", "1.5"], "between 0 and 1"),
         (["--voc07", "a", "--split", "0.5"], "go with --train"),
-        (["--voc12", "a", "--train", "b", "--split", "0.5"], "goes with --voc07"),
+        (["--voc12", "a", "--train", ".", "--split", "0.5"], "goes with --voc07"),
         (["--voc07", "a", "--sample"], "give one of"),
         (["--sample", "--preview", "0"], "1 to 200"),
+        (["--sample", "--check"], "go with --train"),
+        (["--preview", "2", "--labels", "x"], "go with --train"),
+        (["--train", "a:b", "--split", "0.5"], "a:b: no such folder"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(arguments, message):
@@ -191,11 +251,14 @@ def spoilt(folder):
     root = folder({
         "trainval": {
             "fine.jpg": xml(BOLT), "cut.jpg": xml(BOLT), "wrong.jpg": "<annotation>",
-            "flat.jpg": xml(NUT, ("nut", 9, 9, 9, 20)), "outside.jpg": xml(("nut", 120, 5, 140, 20)),
+            "flat.jpg": xml(NUT, ("nut", 9, 9, 9, 20)), "outside.jpg": xml(("nut", 101, 5, 140, 20)),
+            "under.jpg": xml(("nut", 5, 81, 20, 95)), "hair.jpg": xml(("nut", 50, 5, 50.000001, 60)),
+            "edge.jpg": xml(("nut", 1, 1, 101, 81)), "deep.jpg": xml(("nut", 5, 5, 20, 81.5)),
             "beyond.jpg": xml(("nut", 50, 5, 140, 20)), "twice.jpg": xml(NUT, BOLT, NUT),
             "zero.jpg": xml(("nut", 0, 5, 60, 50)), "small.jpg": xml(("nut", 5, 5, 10, 9)),
             "size.jpg": xml(("nut", 31, 21, 70, 70), size=(80, 100)),
             "sizeless.jpg": xml(("bolt", 130, 3, 140, 70), size=None),
+            "turned.jpg": xml(("bolt", 5, 85, 70, 95)),
         },
         "test": {"same.jpg": xml(BOLT), "other.jpg": xml(BOLT)},
     })  # fmt: skip
@@ -203,7 +266,10 @@ def spoilt(folder):
     (images / "same.jpg").write_bytes((images / "fine.jpg").read_bytes())
     (images / "cut.jpg").write_bytes((images / "cut.jpg").read_bytes()[:-200])
     with open(root / "ImageSets" / "Main" / "test.txt", "a") as file:
-        file.write("\nbeyond")
+        file.write("\nbeyond\nother")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 80), "red").save(images / "turned.jpg", exif=exif)
     return root
 
 
@@ -218,31 +284,35 @@ def test_the_checker_finds_each_problem_once_and_nothing_else(spoilt, capsys):
 
     breaking, odd = found(with_images=False)
     assert breaking == {
-        "annotation that cann": ["wrong.xml"], "box without area": ["flat.xml"], "box outside its imag": ["outside.xml"]
+        "annotation that cann": ["wrong.xml"], "box without area": ["flat.xml", "hair.xml"],
+        "box outside its imag": ["outside.xml", "under.xml", "turned.xml"],
     }  # fmt: skip
     assert odd == {
         "same file in TRAIN a": ["beyond.jpg"], "duplicate box": ["twice.xml"], "box that begins belo": ["zero.xml"],
-        "object too small for": ["small.xml"], "box that reaches bey": ["beyond.xml"],
+        "object too small for": ["small.xml"], "box that reaches bey": ["deep.xml", "beyond.xml"],
+        "image twice in TEST": ["other.jpg"],
     }  # fmt: skip
     breaking, odd = found(with_images=True)
     assert breaking["image that cannot be"] == ["cut.jpg"]
-    assert breaking["box outside its imag"] == ["outside.xml", "sizeless.xml"]
-    assert odd["size in the annotati"] == ["size.xml"]
+    assert breaking["box outside its imag"] == ["outside.xml", "under.xml", "sizeless.xml"]  # turned.xml's is inside
+    assert odd["size in the annotati"] == ["size.xml", "turned.xml"]
     assert odd["same image in TRAIN "] == ["same.jpg"]
     assert "twice.xml: nut [30, 20, 89, 69], 2 times" in capsys.readouterr().out
+    print_problems({}, {"odd": [str(number) for number in range(7)]})
+    assert capsys.readouterr().out.split() == ["Worth", "a", "look:", "odd:", "7", *"01234", "..."]
 
 
 def test_a_check_that_finds_what_breaks_a_training_ends_with_status_2_and_writes_nothing(spoilt, tmp_path, run):
     arguments = ("--train", spoilt, "--test", spoilt, "--labels", "auto", "--output-folder", tmp_path / "lists")
     message = run("create_data_lists.py", *arguments, "--check", status=2)
-    assert "5 problems like that, listed above" in message
+    assert "7 problems like that, the first of each kind above" in message
     assert not (tmp_path / "lists").exists()
-    for name in ("cut", "wrong", "flat", "outside", "sizeless"):
+    for name in ("cut", "wrong", "flat", "hair", "outside", "under", "sizeless"):
         for split in ("trainval", "test"):
             path = spoilt / "ImageSets" / "Main" / f"{split}.txt"
             path.write_text("\n".join(line for line in path.read_text().splitlines() if line != name))
     printed = run("create_data_lists.py", *arguments, "--check", "--preview", 3)
-    assert "size in the annotation that is not the image's: 1" in printed
+    assert "size in the annotation that is not the image's: 2" in printed
     with Image.open(tmp_path / "lists" / "preview.jpg") as picture:
         assert min(picture.size) > 800
 
@@ -251,6 +321,40 @@ def test_a_class_without_objects_is_named_by_split(folder):
     root = folder({"trainval": {"a.jpg": xml(NUT)}, "test": {"b.jpg": xml(BOLT)}})
     _, odd = check(read_annotations(read_split(root, "trainval"), read_split(root, "test")), CLASSES)
     assert odd == {"class without objects in TRAIN": ["bolt"], "class without objects in TEST": ["nut"]}
+
+
+def test_unknown_classes_that_are_left_out_are_not_checked(folder, tmp_path, capsys):
+    flat, reserved, small = ("dust", 5, 5, 5, 9), ("background", 1, 1, 50, 50), ("dust", 5, 5, 9, 9)
+    root = folder({"trainval": {"a.jpg": xml(BOLT, flat, reserved, small, small)}, "test": {"b.jpg": xml(BOLT)}})
+    labels = tmp_path / "labels"
+    labels.write_text("bolt")
+    arguments = ("--train", root, "--test", root, "--labels", labels, "--output-folder", tmp_path / "lists")
+    assert prepare(*arguments, "--ignore-unknown")["TRAIN"].objects[0]["labels"] == [1]
+    assert "Worth a look" not in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"2 \(dust\) has a box without area.*2 problems"):
+        prepare(*arguments)
+
+
+def test_a_killed_process_of_the_check_ends_in_one_line(spoilt, monkeypatch):
+    splits = read_annotations(read_split(spoilt, "trainval"), [])
+    monkeypatch.setattr("checks.read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="a process that reads images was killed"):
+        check(splits, CLASSES, with_images=True)
+
+
+def test_the_share_that_overlaps_no_prior_is_of_the_images_sides(folder, tmp_path, capsys):
+    """In an image of 100 x 80 a box of 4 x 60 pixels is too thin for any prior; one of 40 x 40 is not."""
+    thin, fit = ("bolt", 11, 11, 15, 71), ("bolt", 31, 21, 71, 61)
+    root = folder({"trainval": {"a.jpg": xml(thin, fit, fit, fit)}, "test": {"b.jpg": xml(fit)}})
+    prepare("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
+    printed = capsys.readouterr().out
+    assert "TRAIN: 25.0% of objects overlap no prior by 0.5" in printed
+    assert "TEST: 0.0% of objects" in printed
+    boxes = {"boxes": [[10, 10, 30, 15]], "labels": [1], "difficulties": [0]}
+    wide = best_prior_overlaps({"TRAIN": ([""], [boxes])}, {"TRAIN": ([""], [{"size": (40, 20)}])})["TRAIN"]
+    model = SSD300(2, pretrained=False)
+    fractional = torch.tensor([[10 / 40, 10 / 20, 30 / 40, 15 / 20]])
+    assert wide == pytest.approx(find_jaccard_overlap(fractional, cxcy_to_xy(model.priors_cxcy)).max().item(), abs=1e-6)
 
 
 def test_the_best_prior_of_few_is_the_best_of_all(model, random_objects):
@@ -276,7 +380,7 @@ def test_an_object_is_too_small_where_no_prior_on_its_centre_matches_it(model):
         "boxes": pixels,
         "size": (1000, 1000),
         "problems": [],
-        "n_below_one": 0,
+        "n_below": 0,
     }
     _, odd = check({"TRAIN": (["a"], [annotation]), "TEST": ([], [])}, CLASSES)
     lines = next(lines for title, lines in odd.items() if "too small" in title)
@@ -287,7 +391,10 @@ def test_an_object_is_too_small_where_no_prior_on_its_centre_matches_it(model):
 
 def test_the_preview_shows_what_the_network_gets(folder, tmp_path, model):
     root = folder(
-        {"trainval": {"empty.jpg": xml(), "a.jpg": xml(("bolt", 21, 11, 81, 71))}, "test": {"b.jpg": xml(NUT)}}
+        {
+            "trainval": {"empty.jpg": xml(), "a.jpg": xml(("bolt", 21, 11, 81, 71), ("nut", 1, 1, 31, 31))},
+            "test": {"b.jpg": xml(NUT)},
+        }
     )
     splits = read_annotations(read_split(root, "trainval"), read_split(root, "test"))
     script.write_data_lists(label_objects(splits, CLASSES), CLASSES, tmp_path / "lists")
@@ -303,8 +410,9 @@ def test_the_preview_shows_what_the_network_gets(folder, tmp_path, model):
         patch.setattr("checks.draw_boxes", lambda image, boxes, texts, colors: captions.append(texts) or image)
         preview(dataset, 1)
     _, boxes, labels, _ = dataset[0, 1]
-    matched = (MultiBoxLoss(model.priors_cxcy).match([boxes], [labels])[1] > 0).sum().item()
-    assert captions == [["bolt"], [f"bolt {matched}"]]
+    matched = MultiBoxLoss(model.priors_cxcy).match([boxes], [labels])[1]
+    assert captions == [["bolt", "nut"], [f"bolt {(matched == 1).sum()}", f"nut {(matched == 2).sum()}"]]
+    assert (preview(dataset, 2, seed=0).size, preview(dataset, 9, seed=1).size) == (sheet.resize((1750, 474)).size,) * 2
 
 
 def test_lists_made_earlier_can_be_previewed(sample, tmp_path, run):

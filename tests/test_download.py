@@ -1,8 +1,11 @@
 """The download of Pascal VOC, from a local server in place of the real ones."""
 
+import errno
 import hashlib
 import http.server
 import io
+import shutil
+import socket
 import tarfile
 import threading
 import time
@@ -45,7 +48,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         if way == "silent":
-            time.sleep(3)
+            time.sleep(20)
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -81,7 +84,10 @@ def mirror():
 
 @pytest.mark.parametrize("bad", ["missing", "cut", "wrong", "silent"])
 def test_the_next_mirror_makes_up_for_one_that_fails(bad, mirror, tmp_path, capsys):
+    started = time.monotonic()
     script.download_voc(tmp_path, WANTED, [mirror(bad), mirror("slow")], patience=1)
+    assert time.monotonic() - started < 15
+    assert socket.getdefaulttimeout() is None
     for name, number in (("one.tar", 1), ("two.tar", 2)):
         assert (tmp_path / name).read_bytes() == ARCHIVES[name]
         assert (tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / f"{number}.xml").exists()
@@ -98,6 +104,34 @@ def test_what_is_there_already_is_not_fetched_again(mirror, tmp_path):
     (tmp_path / "one.tar").unlink()  # unpacked before
     script.download_voc(tmp_path, WANTED, [mirror("good")])
     assert Server.asked == []
+    shutil.rmtree(tmp_path / "VOCdevkit")
+    script.download_voc(tmp_path, WANTED, [mirror("good")])
+    assert (tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "2.xml").exists()
+
+
+def test_an_archive_that_was_not_unpacked_to_its_end_is_unpacked_again(mirror, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", stop)
+        with pytest.raises(KeyboardInterrupt):
+            script.download_voc(tmp_path, WANTED, [mirror("good")])
+    (tmp_path / "VOCdevkit" / "VOC2007").mkdir(parents=True)
+    script.download_voc(tmp_path, WANTED, [mirror("good")])
+    assert (tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "1.xml").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_is_no_fault_of_the_mirror_ends_the_download(error, mirror, tmp_path, monkeypatch):
+    def fail(_, folder, name, __):
+        (tmp_path / name).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(script, "download_url", fail)
+    with pytest.raises(type(error)):
+        script.download_voc(tmp_path, WANTED, [mirror("good")] * 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_no_mirror_has_ends_with_the_file_to_put_in_place(mirror, tmp_path):

@@ -132,6 +132,15 @@ def test_characters_that_the_font_has_not_are_written_as_escapes():
     assert plain.tobytes() == escaped.tobytes()
 
 
+def test_the_first_box_is_on_top():
+    colors = [(255, 0, 0), (0, 0, 255)]
+    picture = draw_boxes(Image.new("RGB", (200, 200)), [(20, 20, 150, 150)] * 2, ["", ""], colors)
+    assert picture.getpixel((20, 100)) == (255, 0, 0)
+    labels = draw_boxes(Image.new("RGB", (40, 12)), [(0, 0, 39, 11)] * 2, ["a", "b"], colors)
+    pixels = np.asarray(labels).reshape(-1, 3)
+    assert (pixels == colors[0]).all(axis=1).sum() > 50
+
+
 @pytest.mark.parametrize("text", ["", "x" * 500, "a\nb", "ﷺ", "🙂🙂"])
 def test_any_text_can_be_drawn(text):
     picture = draw_boxes(Image.new("RGB", (80, 60)), [(1, 1, 70, 50)], [text], [(255, 0, 0)])
