@@ -28,7 +28,7 @@ h1 { font-size: 24px; } h2 { font-size: 19px; margin-top: 36px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 14px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(230px, 45%), 1fr)); gap: 14px; }
 figure { margin: 0; } figure img { width: 100%; height: auto; } figcaption { font-size: 13px; overflow-wrap: anywhere; }
 .big { font-size: 32px; font-weight: 600; } .note { color: #666; }
 """
@@ -216,15 +216,20 @@ def _false_detection(score, image, detection, truth, found, dataset):
     boxes = torch.cat([found[0][image][detection][None], found[3][image]])
     captions = [f"{said} {score:.2f}", *(names[label] for label in found[4][image].tolist())]
     colors = [WRONG, *[RIGHT] * len(found[3][image])]
-    what = f"is {truth}" if truth else "on background, a poor box, or a second one of its object"
-    return _thumbnail(image, boxes, captions, colors, dataset), f"{dataset.images[image]}: {said} {score:.2f}; {what}"
+    of_class = found[4][image] == found[1][image][detection]
+    overlap = find_jaccard_overlap(boxes[:1], found[3][image][of_class])[0].tolist()
+    best = max(overlap, default=0.0)
+    what = "a second one of its object" if best >= LOCALIZED else f"a poor box, overlap {best:.2f}"
+    what = f"is {truth}" if truth else what if best > 0.1 else "background"
+    name = os.path.basename(dataset.images[image])
+    return _thumbnail(image, boxes, captions, colors, dataset), f"{name}: {said} {score:.2f}; {what}"
 
 
 def _miss(_, image, index, found, dataset):
     names = {label: name for name, label in dataset.label_map.items()}
     name = names[found[4][image][index].item()]
     picture = _thumbnail(image, found[3][image][index][None], [name], [MISSED], dataset)
-    return picture, f"{dataset.images[image]}: {name}"
+    return picture, f"{os.path.basename(dataset.images[image])}: {name}"
 
 
 def _thumbnail(image, boxes, captions, colors, dataset):
