@@ -150,9 +150,11 @@ def make_lists(settings):
         more = f" ({len(lines)} problems like that, the first of each kind above)" if len(lines) > 1 else ""
         raise InputError(f"{lines[0]}{more}; nothing was written")
     lists = label_objects(splits, classes)
+    best = best_prior_overlaps(lists, splits)
+    del splits  # with a million objects, memory that the files need
     write_data_lists(lists, classes, settings.output_folder)
     print_summary(lists, classes)
-    for split, overlaps in best_prior_overlaps(lists, splits).items():
+    for split, overlaps in best.items():
         if len(overlaps):
             share = (overlaps < THRESHOLD).mean()
             print(f"{split}: {share:.1%} of objects overlap no prior by {THRESHOLD}; they get the best there is")

@@ -501,17 +501,22 @@ def read_json(path):
 
 def write_json(files):
     """Write {path: value} as JSON files; they take their names when all are written whole, else none does."""
-    texts = {path: json.dumps(value, ensure_ascii=False) for path, value in files.items()}
-    if not all(text.isascii() or _is_utf8(text) for text in texts.values()):  # names of files may hold anything
-        texts = {path: json.dumps(value) for path, value in files.items()}
-    write_files(texts)
+    with ExitStack() as all_or_none:
+        for path, value in files.items():
+            file = all_or_none.enter_context(atomic_writer(path))
+            if isinstance(value, list) and value:  # entry by entry, for as one text it might be large
+                for index, entry in enumerate(value):
+                    file.write((b", " if index else b"[") + _encode(entry))
+                file.write(b"]")
+            else:
+                file.write(_encode(value))
 
 
-def _is_utf8(text):
+def _encode(value):
     try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
+        return json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # the name of a file in another encoding
+        return json.dumps(value).encode()
 
 
 def write_files(files):
