@@ -157,7 +157,7 @@ def bootstrap(*evidences, n=1000, seed=0):
     :param evidences: as `make_evidence` makes them, of the same images in the same order
     """
     arrays = [
-        [tuple(np.asarray(part[key]) for key in ("images", "right", "objects")) for part in evidence.values()]
+        [tuple(np.asarray(part[key], np.int64) for key in ("images", "right", "objects")) for part in evidence.values()]
         for evidence in evidences
     ]
     n_images = len(arrays[0][0][2])

@@ -139,6 +139,8 @@ def test_a_resampled_map_is_that_of_the_images_drawn(random_objects):
         drawn = rng.integers(12, size=12)
         expected = calculate_mAP(*([part[image] for image in drawn] for part in found), label_map=CLASSES)[1]
         assert mean == pytest.approx(expected, abs=1e-12)
+    nothing = {"cat": {"images": [], "right": [], "objects": [1] * 12}}
+    assert (bootstrap(nothing, n=3) == 0).all()
     low, high = interval(means[0])
     assert low == pytest.approx(np.percentile(means[0], 2.5))
     assert high == pytest.approx(np.percentile(means[0], 97.5))
