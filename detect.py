@@ -174,7 +174,7 @@ def find_in_files(paths, model, min_score, max_overlap, top_k, suppress=None):
     device = model.priors_cxcy.device
     loader = DataLoader(
         _Pictures(paths), batch_size=BATCH_SIZE, collate_fn=_join, pin_memory=device.type == "cuda",
-        num_workers=count_cores() if len(paths) > N_QUIET else 0,
+        num_workers=min(count_cores(), len(paths) // BATCH_SIZE),
     )  # fmt: skip
     for images, pictures in batches_on(device, loader):
         detections = model.detect_objects(*model(images), min_score, max_overlap, top_k)
