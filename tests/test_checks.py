@@ -425,7 +425,7 @@ def test_lists_made_earlier_can_be_previewed(sample, tmp_path, run):
     assert json.loads((folder / "label_map.json").read_text()) == json.loads((sample / "label_map.json").read_text())
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize("first", range(0, 150, 50))
 def test_broken_input_works_or_is_named(first):
     for number in range(first, first + 50):
         assert fuzz.run_case(number) in ("works", "named")

@@ -213,7 +213,7 @@ def test_a_validation_finds_the_map_that_eval_finds_and_the_model_trains_on(run,
 
 @pytest.mark.parametrize(("by_map", "best_at"), [(False, [1, 2, 2]), (True, [1, 1, 3])])
 def test_the_best_network_goes_by_what_it_is_told_to(by_map, best_at, run, tmp_path, monkeypatch):
-    run.settings.validate_map = by_map
+    run.settings.validate_map, run.settings.validate_every = by_map, 1
     for iteration, (loss, mean) in enumerate(((3.0, 0.5), (2.0, 0.4), (4.0, 0.6)), start=1):
         run.iteration = iteration
         result = {"loss": loss} | ({"mAP_11_point": mean} if by_map else {})
