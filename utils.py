@@ -210,7 +210,7 @@ def read_annotation(annotation_path, zero_based=False):
         return annotation
 
     size = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
-    if all(0 < side < MAX_COORDINATE for side in size):
+    if all(1 <= side < MAX_COORDINATE for side in size):
         annotation["size"] = size
     # Only direct children count: VOC's <part> elements have names and boxes of their own.
     for number, element in enumerate(root.findall("object"), start=1):

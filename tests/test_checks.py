@@ -429,3 +429,10 @@ def test_lists_made_earlier_can_be_previewed(sample, tmp_path, run):
 def test_broken_input_works_or_is_named(first):
     for number in range(first, first + 50):
         assert fuzz.run_case(number) in ("works", "named")
+
+
+@pytest.mark.parametrize("side", ["1e-320", "0", "-5", "nan", "1e12", "x"])
+def test_a_size_that_no_image_has_is_taken_for_none(side, folder):
+    path = folder({"trainval": {"a.jpg": xml(BOLT, size=(side, 80))}}) / "Annotations" / "a.xml"
+    assert read_annotation(path)["size"] is None
+    assert read_annotation(path)["boxes"] == [[10, 10, 59, 59]]
