@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -258,6 +259,7 @@ def main():
     parser.add_argument("--first", type=int, default=0)
     settings = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("error", RuntimeWarning)
     started, counts = time.perf_counter(), Counter()
     for number in range(settings.first, settings.first + settings.cases):
         try:
