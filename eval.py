@@ -61,6 +61,8 @@ def parse_arguments(arguments=None):
     settings = parser.parse_args(arguments)
     if settings.batch_size < 1 or settings.workers < 0 or settings.bootstrap < 0:
         raise InputError("--batch-size must be 1 or more, --workers and --bootstrap 0 or more")
+    if settings.against and not os.path.isfile(settings.against):
+        raise InputError(f"{settings.against}: no such file; give one of an earlier --results")
     settings.bootstrap = settings.bootstrap or (1000 if settings.against else 0)
     if settings.report:
         import_matplotlib()

@@ -188,7 +188,7 @@ def read_results(path, names, evidence):
 
     :raises InputError: where the file is no such results, or of other images or classes
     """
-    other = read_json(path)
+    other = read_json(path, "give a file of eval.py --results")
     try:
         mean = float(other["mAP_11_point"])
         places = {name: index for index, name in enumerate(other["image_names"])}

@@ -489,14 +489,12 @@ def _is_valid_entry(entry, n_classes):
         return False
 
 
-def read_json(path):
-    """Return what the JSON file `path` holds; InputError where it cannot be read."""
+def read_json(path, remedy="run create_data_lists.py to make it"):
+    """Return what the JSON file `path` holds; InputError with the remedy where it cannot be read."""
     try:
         return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: cannot read this JSON file ({error}); run create_data_lists.py to make it"
-        ) from error
+        raise InputError(f"{path}: cannot read this JSON file ({error}); {remedy}") from error
 
 
 def write_json(files):

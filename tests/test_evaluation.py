@@ -166,6 +166,11 @@ def test_two_evaluations_are_compared_on_the_same_images(random_objects, tmp_pat
         path.write_text(json.dumps(broken))
         with pytest.raises(InputError, match=str(path)):
             read_results(path, names, evidence)
+    path.write_text("{")
+    with pytest.raises(InputError, match=f"{path}.*give a file of eval.py --results"):
+        read_results(path, names, evidence)
+    with pytest.raises(InputError, match="nowhere.json: no such file"):
+        eval_script.parse_arguments(["--data-folder", "d", "--against", "nowhere.json"])
 
 
 def test_mistakes_are_sorted_out_by_what_they_are():
