@@ -28,6 +28,7 @@ from utils import (
     atomic_writer,
     check_target,
     cxcy_to_xy,
+    encode_json,
     gcxgcy_to_cxcy,
     label_color_map,
     make_folder,
@@ -210,28 +211,25 @@ def explain(original_image, model, min_score, max_overlap, top_k):
     """
     upright = upright_rgb(original_image)
     colors = label_color_map(model.label_map)
-    names = {index: name for name, index in model.label_map.items()}
     image, size = _prepare(upright)
     with torch.inference_mode():
         locs, scores = model(image[None].to(model.priors_cxcy.device))
         decoded = cxcy_to_xy(gcxgcy_to_cxcy(locs.float(), model.priors_cxcy))[0].cpu()
-        found = model.detect_objects(locs, scores, min_score, max_overlap, top_k)
-    boxes, labels, scores = (part[0] for part in found)
+        boxes, *found = (part[0] for part in model.detect_objects(locs, scores, min_score, max_overlap, top_k))
     # A detection is the decoded box of a prior: that says which.
     indices = [(decoded == box).all(dim=1).nonzero()[0].item() for box in boxes.cpu()]
-    objects = _name_objects(boxes, labels, scores, size, model.label_map)
+    objects = _name_objects(boxes, *found, size, model.label_map)
     priors = cxcy_to_xy(model.priors_cxcy).cpu() * torch.tensor(size * 2)
 
     tiles, first = [], 0
     for name, (cells, _, n_priors) in FEATURE_MAPS.items():
         last = first + cells * cells * n_priors
         here = [number for number, index in enumerate(indices) if first <= index < last]
-        lines = [(names[labels[number].item()], scores[number].item()) for number in here]
         picture = draw_boxes(
             upright,
             [objects[number][2] for number in here] + [priors[indices[number]].tolist() for number in here],
-            [f"{label} {score:.2f}" for label, score in lines] + [""] * len(here),
-            [colors[label] for label, _ in lines] * 2,
+            ["{} {:.2f}".format(*objects[number][:2]) for number in here] + [""] * len(here),
+            [colors[objects[number][0]] for number in here] * 2,
             grid=cells,
         )
         title = f"{name}: {cells} x {cells} cells, {n_priors} priors in each, {len(here)} of {len(objects)} objects"
@@ -345,7 +343,7 @@ def main():
                 for name, score, box in objects:
                     tqdm.write(f"{name:{width}} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
             if lines:
-                lines.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                lines.write(encode_json(record) + b"\n")
     if unreadable:
         sys.exit(1)
 

@@ -25,6 +25,11 @@ def find_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def name_hardware():
+    """Return the name of the GPU, or what there is to say of the CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+
+
 def count_cores(most=16):
     """Return how many processor cores this process may use, `most` at most: as many workers keep a GPU busy."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from checkpoints import load_model
 from datasets import PascalVOCDataset, collate_fn
-from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision
+from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision, name_hardware
 from report import import_matplotlib, write_report
 from results import (
     bootstrap,
@@ -221,7 +221,7 @@ def main():
     results, curves = score(found, model.label_map)
     results = {
         "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "images": len(dataset),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "device": name_hardware(),
         "precision": precision, "batch_size": settings.batch_size,
         **{f"{part}_seconds": spent for part, spent in seconds.items()}, **results,
     }  # fmt: skip

@@ -162,11 +162,11 @@ def import_matplotlib():
 
 
 def _curves(curves):
-    figures = []
+    figures, make_figure = [], import_matplotlib()
     for name, curve in curves.items():
         if curve is None:
             continue
-        figure = import_matplotlib()(figsize=(2.6, 2.3), layout="constrained")
+        figure = make_figure(figsize=(2.6, 2.3), layout="constrained")
         axes = figure.add_subplot()
         step = max(1, len(curve.recall) // 500)
         axes.plot(curve.recall[::step], curve.precision[::step], color="#1565c0", linewidth=1.5)

@@ -43,6 +43,12 @@ def image_sizes(paths):
     return sizes
 
 
+def _coco_boxes(boxes, size):
+    boxes = pixel_boxes(boxes, size)
+    boxes[:, 2:] -= boxes[:, :2]
+    return boxes.tolist()
+
+
 def pixel_boxes(boxes, size):
     """Return boxes (n, 4), fractional xy, as an array of 0-based pixels, xy."""
     return boxes.double().numpy() * (*size, *size)
@@ -69,9 +75,7 @@ def coco_results(found, names, sizes):
     """Return the detections as COCO's results format has them: a list of plain dicts, boxes x, y, width, height."""
     results = []
     for boxes, labels, scores, image_id, size in zip(*found[:3], image_ids(names), sizes, strict=True):
-        corners = pixel_boxes(boxes, size)
-        corners[:, 2:] -= corners[:, :2]
-        for box, label, score in zip(corners.tolist(), labels.tolist(), scores.tolist(), strict=True):
+        for box, label, score in zip(_coco_boxes(boxes, size), labels.tolist(), scores.tolist(), strict=True):
             results.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
     return results
 
@@ -94,9 +98,7 @@ def coco_scores(found, names, sizes, label_map):
     make_truth, make_evaluation = import_pycocotools()
     annotations = []
     for boxes, labels, difficulties, image_id, size in zip(*found[3:], image_ids(names), sizes, strict=True):
-        corners = pixel_boxes(boxes, size)
-        corners[:, 2:] -= corners[:, :2]
-        for box, label, flag in zip(corners.tolist(), labels.tolist(), difficulties.tolist(), strict=True):
+        for box, label, flag in zip(_coco_boxes(boxes, size), labels.tolist(), difficulties.tolist(), strict=True):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "bbox": box,
                                 "area": box[2] * box[3], "iscrowd": flag})  # fmt: skip
     truth = make_truth()

@@ -28,7 +28,15 @@ from tqdm import tqdm
 from checkpoints import save_checkpoint
 from datasets import PascalVOCDataset
 from detect import annotate, find_objects
-from devices import batches_on, gather_over_processes, mixed_precision, n_processes, rank, sum_over_processes
+from devices import (
+    batches_on,
+    gather_over_processes,
+    mixed_precision,
+    n_processes,
+    name_hardware,
+    rank,
+    sum_over_processes,
+)
 from drawing import draw_boxes
 from eval import MAX_OVERLAP, MIN_SCORE, TOP_K, collect
 from model import SSD300, MultiBoxLoss
@@ -339,7 +347,7 @@ def describe_run(settings, model, precision):
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
         },
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "hardware": name_hardware(),
         "processes": n_processes(),
         "precision": precision,
         "git_commit": commit,

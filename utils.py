@@ -504,13 +504,14 @@ def write_json(files):
             file = all_or_none.enter_context(atomic_writer(path))
             if isinstance(value, list) and value:  # entry by entry, for as one text it might be large
                 for index, entry in enumerate(value):
-                    file.write((b", " if index else b"[") + _encode(entry))
+                    file.write((b", " if index else b"[") + encode_json(entry))
                 file.write(b"]")
             else:
-                file.write(_encode(value))
+                file.write(encode_json(value))
 
 
-def _encode(value):
+def encode_json(value):
+    """Return a value as JSON in UTF-8."""
     try:
         return json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # the name of a file in another encoding
@@ -521,7 +522,8 @@ def write_files(files):
     """Write {path: text} in UTF-8; the files take their names when all are written whole, else none does."""
     with ExitStack() as all_or_none:
         for path, text in files.items():
-            all_or_none.enter_context(atomic_writer(path)).write(text.encode())
+            # Names of files in another encoding keep their bytes.
+            all_or_none.enter_context(atomic_writer(path)).write(text.encode("utf-8", "surrogateescape"))
 
 
 # ---------------------------------------------------------------------------------------------------------

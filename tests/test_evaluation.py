@@ -92,6 +92,13 @@ def test_voc_files_read_back_give_the_same_map(random_objects, pictures, tmp_pat
         assert 0.1 < ours[1] < 0.9
 
 
+def test_names_of_images_may_be_of_any_encoding(random_objects, pictures, tmp_path):
+    found = random_found(random_objects, 0)
+    names = [f"caf\udce9{number}" for number in range(12)]
+    write_voc_results(tmp_path, found, names, image_sizes(pictures), CLASSES)
+    assert (tmp_path / "comp4_det_test_cat.txt").read_bytes().startswith(b"caf\xe9")
+
+
 def test_coco_results_have_pixels_width_and_height(pictures):
     found = [
         [torch.tensor([[0.25, 0.5, 0.5, 1.0]])], [torch.tensor([2])], [torch.tensor([0.75])],

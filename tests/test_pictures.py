@@ -64,6 +64,12 @@ def test_many_pictures_go_on_past_one_that_cannot_be_read(weights, photos, tmp_p
     assert sorted(path.name for path in photos.iterdir()) == ["a.jpg", "b.PNG", "c.jpg", "notes.txt"]
 
 
+def test_names_of_pictures_may_be_of_any_encoding(weights, photos, tmp_path, run):
+    (photos / "a.jpg").rename(photos / "caf\udce9.jpg")
+    run("detect.py", photos / "caf\udce9.jpg", "--checkpoint", weights, "--json", tmp_path / "x.jsonl", "--top-k", 1)
+    assert json.loads((tmp_path / "x.jsonl").read_text())["file"] == str(photos / "caf\udce9.jpg")
+
+
 def test_pictures_in_batches_give_what_each_gives_alone(model, photos):
     model.label_map = make_label_map(f"class {number}" for number in range(1, 21))
     paths = [str(photos / name) for name in ("a.jpg", "c.jpg", "b.PNG")]
