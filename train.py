@@ -267,11 +267,7 @@ def train(settings):
         run.iteration,
         (rank(), n_processes()),
     )
-    options = {
-        "collate_fn": collate_fn, "pin_memory": device.type == "cuda", "num_workers": settings.workers,
-        "persistent_workers": settings.workers > 0, "prefetch_factor": 4 if settings.workers else None,
-        "worker_init_fn": ignore_signals,
-    }  # fmt: skip
+    options = loader_options(settings, device)
     train_loader = DataLoader(run.dataset, batch_sampler=batches, **options)
     test_loader = None
     if settings.validate_every:
@@ -303,6 +299,15 @@ def train(settings):
             run.save("checkpoint.pth", must=True)
         iterate(run, network, train_loader, test_loader, interruption)
     return run
+
+
+def loader_options(settings, device):
+    """Return how a DataLoader is to load images for a training."""
+    return {
+        "collate_fn": collate_fn, "pin_memory": device.type == "cuda", "num_workers": settings.workers,
+        "persistent_workers": settings.workers > 0, "prefetch_factor": 4 if settings.workers else None,
+        "worker_init_fn": ignore_signals,
+    }  # fmt: skip
 
 
 def iterate(run, network, train_loader, test_loader, interruption):

@@ -1,0 +1,367 @@
+"""Train SSD300 and torchvision's ssd300_vgg16 from scratch on the same images: what they learn, what it takes.
+
+python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof
+python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --systems ours-fp32 ours-compiled
+python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --compare-losses 200
+torchrun --nproc-per-node=4 tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --systems ours
+
+Takes the settings of train.py, too: --iterations 8 --batch-size 2 --test-images 8 tries everything out. A training that
+is in the output folder already is not done again, so an interrupted proof goes on with the same command.
+"""
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from torchvision.models.detection import ssd300_vgg16
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import create_data_lists
+import train
+from checkpoints import load_model
+from datasets import PascalVOCDataset, TrainingSampler, collate_fn
+from devices import (
+    batches_on,
+    choose_precision,
+    find_device,
+    join_processes,
+    leave_processes,
+    mixed_precision,
+    n_processes,
+    rank,
+    sum_over_processes,
+)
+from eval import collect, detect_all, score
+from model import MultiBoxLoss
+from results import coco_scores, image_names, image_sizes, import_pycocotools
+from runs import describe_run
+from utils import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DivergenceError,
+    InputError,
+    check_target,
+    make_folder,
+    read_json,
+    run_command,
+    write_json,
+)
+
+# From scratch, for some minutes of a large GPU.
+RECIPE = (
+    "--no-pretrained --batch-size 32 --iterations 6000 --lr 0.001 --warmup 500 --decay-at 4500 5500 --grad-clip 5 "
+    "--checkpoint-every 1000000"
+)
+SYSTEMS = {
+    "ours": "--precision auto",
+    "ours-fp32": "--precision fp32",
+    "ours-compiled": "--precision auto --compile",
+    "torchvision": "--precision fp32",  # as it is, with convolutions in TF32, PyTorch's default on a GPU
+    "torchvision-bf16": "--precision bf16",
+}
+FIGURES = {  # in the files: (heading, factor and digits to print)
+    "mAP_11_point": ("mAP, 11-point", 1, 4),
+    "mAP_area": ("mAP, area", 1, 4),
+    "coco_AP": ("COCO AP", 1, 4),
+    "training_seconds": ("training, s", 1, 1),
+    "images_per_second": ("images/s", 1, 1),
+    "peak_memory": ("peak memory, GiB", 2**-30, 2),
+}
+SIDE = 300  # pixels
+
+
+def parse_arguments(arguments=None):
+    """Return the command line's settings, and what is left for train.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("root", help="folder in VOC's layout with splits trainval and test")
+    add("--output-folder", required=True, help="gets the lists, a folder and a JSON file for each training, proof.json")
+    add("--zero-based", action="store_true", help="the annotations' pixels count from 0")
+    add("--systems", nargs="+", choices=SYSTEMS, default=["ours", "torchvision"], help="[ours torchvision]")
+    add("--seeds", nargs="+", type=int, default=[0, 1], help="[0 1]")
+    add("--test-images", type=int, metavar="N", help="evaluate on the first N only")
+    add("--compare-losses", type=int, metavar="N",
+        help="instead, train both side by side for N iterations in fp32 from the same weights")  # fmt: skip
+    return parser.parse_known_args(arguments)
+
+
+def make_torchvision(label_map):
+    """Return torchvision's network, as it is, for these classes and for ImageNet-normalised images."""
+    defaults = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).transform
+    mean, std, own_mean, own_std = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (IMAGENET_MEAN, IMAGENET_STD, defaults.image_mean, defaults.image_std)
+    )
+    model = ssd300_vgg16(
+        weights=None, weights_backbone=None, num_classes=len(label_map),
+        image_mean=((own_mean - mean) / std).tolist(), image_std=(own_std / std).tolist(),
+    )  # fmt: skip
+    model.label_map = label_map
+    return model
+
+
+def step_torchvision(model, optimizer, batch, rate, settings):
+    """Update torchvision's network once, by the loss that it computes itself; return that."""
+    images, boxes, labels, _ = batch
+    targets = [
+        {"boxes": (SIDE * image_boxes).to(images.device), "labels": image_labels.to(images.device)}
+        for image_boxes, image_labels in zip(boxes, labels, strict=True)
+    ]
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
+    with mixed_precision(settings.precision, images.device):
+        loss = sum(model(list(images), targets).values())
+    optimizer.zero_grad()
+    loss.backward()
+    if settings.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def batches_of(settings, dataset, device):
+    """Return the batches that train.py trains on with these settings."""
+    batches = TrainingSampler(len(dataset), settings.batch_size, settings.seed, settings.iterations)
+    loader = DataLoader(dataset, batch_sampler=batches, **train.loader_options(settings, device))
+    return batches_on(device, tqdm(loader, "training", unit="it", disable=None))
+
+
+def train_torchvision(settings):
+    """Train torchvision's network on the batches of train.py, by its optimizer and schedule; return it."""
+    if n_processes() > 1:
+        raise InputError("torchvision's network trains in one process here; give --systems ours to torchrun")
+    device = find_device()
+    choose_precision(settings.precision, device)
+    torch.backends.cudnn.allow_tf32 = True
+    dataset = PascalVOCDataset(settings.data_folder, "TRAIN", keep_difficult=True, seed=settings.seed)
+    torch.manual_seed(settings.seed)
+    model = make_torchvision(dataset.label_map).to(device).train()
+    optimizer = train.make_optimizer(model, settings)
+    for iteration, batch in enumerate(batches_of(settings, dataset, device)):
+        loss = step_torchvision(model, optimizer, batch, train.learning_rate(iteration, settings), settings)
+        if iteration % settings.log_every == 0 and not loss.isfinite():
+            raise DivergenceError(f"torchvision's loss at iteration {iteration + 1} is not finite")
+    return model
+
+
+def train_ours(settings):
+    """Train as train.py does; return the network."""
+    run = train.train(settings)
+    if not run.finished:
+        raise InputError("interrupted; the same command starts this training again")
+    return run.model
+
+
+@torch.inference_mode()
+def detect_by_torchvision(loader, model):
+    """Return what torchvision's network finds by its own post-processing, as `detect_all` does."""
+    model.eval()
+    found = [[] for _ in range(6)]
+    for images, *objects in batches_on(find_device(), tqdm(loader, "evaluating", unit="batch", disable=None)):
+        results = model(list(images))
+        boxes, labels, scores = ([result[key] for result in results] for key in ("boxes", "labels", "scores"))
+        collect(found, ([image_boxes / SIDE for image_boxes in boxes], labels, scores, *objects))
+    return found
+
+
+def evaluate(model, settings, n_images):
+    """Return a trained network's mAPs on the first so many test images, in fp32; all if None."""
+    dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
+    paths = dataset.images[:n_images]
+    loader = DataLoader(
+        Subset(dataset, range(len(paths))), batch_size=32, collate_fn=collate_fn, num_workers=settings.workers,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    choose_precision("fp32", find_device())
+    found = detect_by_torchvision(loader, model) if hasattr(model, "backbone") else detect_all(loader, model)[0]
+    results, _ = score(found, model.label_map)
+    coco = coco_scores(found, image_names(paths), image_sizes(paths), model.label_map)
+    return {
+        "test_images": len(paths), "mAP_11_point": results["mAP_11_point"], "mAP_area": results["mAP_area"],
+        **{f"coco_{name}": value for name, value in coco.items()},
+    }  # fmt: skip
+
+
+def prove(system, settings, n_images):
+    """Train a system and evaluate it; return what came of it, plain values by name; None in all processes but one."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    model = (train_torchvision if system.startswith("torchvision") else train_ours)(settings)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - started
+    if rank() > 0:
+        return None
+    return {
+        **describe_run(settings, model, settings.precision), "event": "proof", "system": system, "seed": settings.seed,
+        "training_seconds": elapsed, "images_per_second": settings.iterations * settings.batch_size / elapsed,
+        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        **evaluate(model, settings, n_images),
+    }  # fmt: skip
+
+
+def compare_losses(settings):
+    """Train both side by side in fp32, from torchvision's initial weights, on the same batches.
+
+    :return: a dict per iteration: torchvision's loss; ours on torchvision's predictions, its objects' priors given;
+        the number of images whose objects we match with other priors; the loss of our own network
+    """
+    device = find_device()
+    choose_precision("fp32", device)
+    dataset = PascalVOCDataset(settings.data_folder, "TRAIN", keep_difficult=True, seed=settings.seed)
+    torch.manual_seed(settings.seed)
+    theirs = make_torchvision(dataset.label_map).to(device).train()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(theirs.state_dict(), os.path.join(folder, "torchvision.pth"))
+        ours = load_model(os.path.join(folder, "torchvision.pth"), device, dataset.label_map).train()
+    criterion, same_matches = (MultiBoxLoss(ours.priors_cxcy) for _ in range(2))
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    run = train.Run(settings, dataset, ours, criterion, train.make_optimizer(ours, settings), scaler, "fp32")
+    optimizer = train.make_optimizer(theirs, settings)
+    noted, compute_loss = {}, theirs.compute_loss
+
+    def note_and_compute_loss(targets, outputs, anchors, matches):
+        noted.update(targets=targets, outputs=outputs, matches=matches)
+        return compute_loss(targets, outputs, anchors, matches)
+
+    theirs.compute_loss = note_and_compute_loss
+    rows = []
+    for iteration, batch in enumerate(batches_of(settings, dataset, device)):
+        rate = train.learning_rate(iteration, settings)
+        their_loss = step_torchvision(theirs, optimizer, batch, rate, settings).item()
+        true_boxes, true_labels = noted_matches(noted)
+        with torch.no_grad():
+            same_matches.match = lambda *_, matches=(true_boxes, true_labels): matches
+            outputs = noted["outputs"]
+            same = same_matches(outputs["bbox_regression"], outputs["cls_logits"], *batch[1:3]).item()
+            n_other = (criterion.match(*batch[1:3])[1] != true_labels).any(dim=1).sum().item()
+        our_loss = train.train_step(run, ours, batch, rate)[:2].sum().item()
+        rows.append({"torchvision": their_loss, "same_matches": same, "matched_otherwise": n_other, "ours": our_loss})
+        if not math.isfinite(their_loss + our_loss):
+            raise DivergenceError(f"a loss at iteration {iteration + 1} is not finite: {rows[-1]}")
+    return rows
+
+
+def noted_matches(noted):
+    """Return torchvision's matches as `MultiBoxLoss.match` does: boxes (N, 8732, 4), labels (N, 8732)."""
+    boxes, labels = [], []
+    for target, matched in zip(noted["targets"], noted["matches"], strict=True):
+        if len(target["labels"]):
+            boxes.append(target["boxes"][matched.clamp(min=0)] / SIDE)
+            labels.append(torch.where(matched >= 0, target["labels"][matched.clamp(min=0)], 0))
+        else:
+            boxes.append(torch.arange(4, device=matched.device).expand(len(matched), 4) // 2 * 1.0)
+            labels.append(torch.zeros_like(matched))
+    return torch.stack(boxes), torch.stack(labels)
+
+
+def print_losses(rows):
+    """Print some iterations of `compare_losses`, and the largest relative differences up to each."""
+    print(f"\n{'':9} {'':12} {'ours, given its matches':>28} {'images matched':>16} {'ours':>28}")
+    columns = f"{'loss':>12} {'off by at most':>15}"
+    print(f"{'iteration':>9} {'torchvision':>12} {columns} {'otherwise, all':>16} {columns}")
+    worst, n_other = {"same_matches": 0.0, "ours": 0.0}, 0
+    for number, row in enumerate(rows, start=1):
+        worst = {name: max(most, abs(row[name] / row["torchvision"] - 1)) for name, most in worst.items()}
+        n_other += row["matched_otherwise"]
+        if number in (1, 2, 5, 10, 20, 50) or number % 100 == 0 or number == len(rows):
+            given, own = (f"{row[name]:12.6f} {most:15.1e}" for name, most in worst.items())
+            print(f"{number:9} {row['torchvision']:12.6f} {given} {n_other:16} {own}")
+
+
+def summarize(runs):
+    """Return {system: {figure: {"mean", "low", "high", "seeds"}}} of trainings, as `prove` returns them."""
+    summary = {}
+    for system in dict.fromkeys(run["system"] for run in runs):
+        for figure in FIGURES:
+            values = [run[figure] for run in runs if run["system"] == system and run[figure] is not None]
+            if values:
+                figures = {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+                summary.setdefault(system, {})[figure] = {**figures, "seeds": len(values)}
+    return summary
+
+
+def print_summary(summary):
+    """Print a table of all figures as mean and range over the seeds, and how each system compares with ours."""
+    print(f"{'':18}" + "".join(f"{heading:>30}" for heading, _, _ in FIGURES.values()))
+    for system, figures in summary.items():
+        cells = []
+        for figure, (_, factor, digits) in FIGURES.items():
+            mean, low, high = (figures.get(figure, {}).get(key, math.nan) * factor for key in ("mean", "low", "high"))
+            cells.append(f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+        print(f"{system:18}" + "".join(f"{cell:>30}" for cell in cells))
+    ours = summary.get("ours", {})
+    for system, figures in summary.items():
+        if system != "ours" and "mAP_11_point" in ours and "mAP_11_point" in figures:
+            difference = ours["mAP_11_point"]["mean"] - figures["mAP_11_point"]["mean"]
+            spread = max(each["mAP_11_point"]["high"] - each["mAP_11_point"]["low"] for each in (ours, figures))
+            speed = figures["training_seconds"]["mean"] / ours["training_seconds"]["mean"]
+            print(f"ours against {system}: mAP {difference:+.4f}, where seeds spread over {spread:.4f}; "
+                  f"{speed:.2f} times as fast")  # fmt: skip
+
+
+def main():
+    """Run the command line."""
+    arguments, rest = parse_arguments()
+    folder = arguments.output_folder
+    import_pycocotools()
+    join_processes()
+    try:
+        if rank() == 0:
+            make_folder(folder)
+            lists = ["--train", arguments.root, "--test", arguments.root, "--labels", "auto", "--output-folder", folder]
+            lists += ["--zero-based"] * arguments.zero_based
+            create_data_lists.make_lists(create_data_lists.parse_arguments(lists))
+        sum_over_processes(torch.zeros(1))  # wait for it
+
+        def settings_of(system, seed, *more):
+            name = os.path.join(folder, f"{system}-{seed}")
+            given = ["--data-folder", folder, "--output-folder", name, "--overwrite", "--seed", str(seed)]
+            return train.parse_settings([*RECIPE.split(), *SYSTEMS[system].split(), *given, *rest, *more])
+
+        if arguments.compare_losses:
+            settings = settings_of("torchvision", arguments.seeds[0], "--iterations", str(arguments.compare_losses))
+            path = os.path.join(folder, "losses.json")
+            check_target(path)
+            rows = compare_losses(settings)
+            print_losses(rows)
+            write_json({path: rows})
+            return
+        runs = []
+        for seed in arguments.seeds:
+            for system in arguments.systems:
+                settings = settings_of(system, seed)
+                path = f"{settings.output_folder}.json"
+                if os.path.exists(path):
+                    done = read_json(path, "remove it")
+                    if done["settings"] != vars(settings):
+                        raise InputError(f"{path}: of a training with other settings; give another --output-folder")
+                    runs.append(done)
+                    continue
+                print(f"\n{system}, seed {seed}", flush=True)
+                result = prove(system, settings, arguments.test_images)
+                if rank() == 0:
+                    write_json({path: result})
+                    runs.append(result)
+        if rank() == 0:
+            summary = summarize(runs)
+            print_summary(summary)
+            write_json({os.path.join(folder, "proof.json"): {"summary": summary, "runs": runs}})
+    finally:
+        leave_processes()
+
+
+if __name__ == "__main__":
+    run_command(main)
