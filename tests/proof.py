@@ -10,6 +10,8 @@ is in the output folder already is not done again, so an interrupted proof goes 
 """
 
 import argparse
+import glob
+import itertools
 import math
 import os
 import sys
@@ -36,6 +38,7 @@ from devices import (
     leave_processes,
     mixed_precision,
     n_processes,
+    name_hardware,
     rank,
     sum_over_processes,
 )
@@ -75,6 +78,7 @@ FIGURES = {  # in the files: (heading, factor and digits to print)
     "images_per_second": ("images/s", 1, 1),
     "peak_memory": ("peak memory, GiB", 2**-30, 2),
 }
+OWN_SETTINGS = ("output_folder", "seed", "precision", "compile")  # may differ between trainings that are compared
 SIDE = 300  # pixels
 
 
@@ -174,8 +178,13 @@ def detect_by_torchvision(loader, model):
     return found
 
 
-def evaluate(model, settings, n_images):
-    """Return a trained network's mAPs on the first so many test images, in fp32; all if None."""
+def detect_by_ours(loader, model):
+    """Return what our network finds."""
+    return detect_all(loader, model)[0]
+
+
+def evaluate(model, detect, settings, n_images):
+    """Return a trained network's mAPs on the first so many test images, in fp32; on all if None."""
     dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
     paths = dataset.images[:n_images]
     loader = DataLoader(
@@ -183,7 +192,7 @@ def evaluate(model, settings, n_images):
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     choose_precision("fp32", find_device())
-    found = detect_by_torchvision(loader, model) if hasattr(model, "backbone") else detect_all(loader, model)[0]
+    found = detect(loader, model)
     results, _ = score(found, model.label_map)
     coco = coco_scores(found, image_names(paths), image_sizes(paths), model.label_map)
     return {
@@ -192,24 +201,49 @@ def evaluate(model, settings, n_images):
     }  # fmt: skip
 
 
-def prove(system, settings, n_images):
+def prove(system, settings, arguments):
     """Train a system and evaluate it; return what came of it, plain values by name; None in all processes but one."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    train_it, detect = (train_ours, detect_by_ours)
+    if system.startswith("torchvision"):
+        train_it, detect = (train_torchvision, detect_by_torchvision)
     started = time.perf_counter()
-    model = (train_torchvision if system.startswith("torchvision") else train_ours)(settings)
+    model = train_it(settings)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elapsed = time.perf_counter() - started
     if rank() > 0:
         return None
     return {
-        **describe_run(settings, model, settings.precision), "event": "proof", "system": system, "seed": settings.seed,
+        **describe_run(settings, model, choose_precision(settings.precision, find_device())),
+        "event": "proof", "system": system, "seed": settings.seed, "conditions": conditions(settings, arguments),
         "training_seconds": elapsed, "images_per_second": settings.iterations * settings.batch_size / elapsed,
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        **evaluate(model, settings, n_images),
+        **evaluate(model, detect, settings, arguments.test_images),
     }  # fmt: skip
+
+
+def conditions(settings, arguments):
+    """Return what trainings must have in common to be compared."""
+    ours = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
+    return {**ours, "root": os.path.abspath(arguments.root), "zero_based": arguments.zero_based,
+            "test_images": arguments.test_images, "hardware": name_hardware()}  # fmt: skip
+
+
+def read_runs(folder, expected):
+    """Return what `prove` returned of the trainings in a folder, by the name of their files.
+
+    :raises InputError: naming the file, where one took place in other conditions
+    """
+    runs = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*-*.json"))):
+        runs[path] = read_json(path, "remove it")
+        differing = [name for name, value in expected.items() if runs[path]["conditions"].get(name) != value]
+        if differing:
+            raise InputError(f"{path}: differs in {', '.join(differing)}; give another --output-folder")
+    return runs
 
 
 def compare_losses(settings):
@@ -299,8 +333,9 @@ def print_summary(summary):
     for system, figures in summary.items():
         cells = []
         for figure, (_, factor, digits) in FIGURES.items():
-            mean, low, high = (figures.get(figure, {}).get(key, math.nan) * factor for key in ("mean", "low", "high"))
-            cells.append(f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+            if figure in figures:
+                mean, low, high = (f"{figures[figure][key] * factor:.{digits}f}" for key in ("mean", "low", "high"))
+            cells.append(f"{mean} ({low} to {high})" if figure in figures else "-")
         print(f"{system:18}" + "".join(f"{cell:>30}" for cell in cells))
     ours = summary.get("ours", {})
     for system, figures in summary.items():
@@ -326,8 +361,10 @@ def main():
             create_data_lists.make_lists(create_data_lists.parse_arguments(lists))
         sum_over_processes(torch.zeros(1))  # wait for it
 
+        several = f"-{n_processes()}-processes" if n_processes() > 1 else ""
+
         def settings_of(system, seed, *more):
-            name = os.path.join(folder, f"{system}-{seed}")
+            name = os.path.join(folder, f"{system}{several}-{seed}")
             given = ["--data-folder", folder, "--output-folder", name, "--overwrite", "--seed", str(seed)]
             return train.parse_settings([*RECIPE.split(), *SYSTEMS[system].split(), *given, *rest, *more])
 
@@ -339,23 +376,20 @@ def main():
             print_losses(rows)
             write_json({path: rows})
             return
-        runs = []
-        for seed in arguments.seeds:
-            for system in arguments.systems:
-                settings = settings_of(system, seed)
-                path = f"{settings.output_folder}.json"
-                if os.path.exists(path):
-                    done = read_json(path, "remove it")
-                    if done["settings"] != vars(settings):
-                        raise InputError(f"{path}: of a training with other settings; give another --output-folder")
-                    runs.append(done)
-                    continue
+        done = read_runs(folder, conditions(settings_of("ours", 0), arguments))
+        for seed, system in itertools.product(arguments.seeds, arguments.systems):
+            settings = settings_of(system, seed)
+            path = f"{settings.output_folder}.json"
+            if path in done:
+                continue
+            if rank() == 0:
                 print(f"\n{system}, seed {seed}", flush=True)
-                result = prove(system, settings, arguments.test_images)
-                if rank() == 0:
-                    write_json({path: result})
-                    runs.append(result)
+            result = prove(system + several, settings, arguments)
+            if rank() == 0:
+                done[path] = result
+                write_json({path: result})
         if rank() == 0:
+            runs = list(done.values())
             summary = summarize(runs)
             print_summary(summary)
             write_json({os.path.join(folder, "proof.json"): {"summary": summary, "runs": runs}})
