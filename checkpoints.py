@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
+from files import InputError, atomic_writer
 from model import PRIOR_FAMILIES, SSD300, fetch_weights
-from utils import InputError, atomic_writer, check_label_map, make_label_map
-from utils import label_map as voc_label_map
+from voc import check_label_map, make_label_map
+from voc import label_map as voc_label_map
 
 FORMAT = "ssd300-1"  # changes when older files can no longer be read
 _NETWORKS = "an SSD300 of this code, the public PyTorch tutorial, ssd.pytorch or torchvision"

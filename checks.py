@@ -17,16 +17,10 @@ from tqdm import tqdm
 
 from devices import count_cores
 from drawing import draw_boxes, tile
+from files import InputError
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss
-from utils import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    InputError,
-    find_outside,
-    jaccard_overlap,
-    label_color_map,
-    read_image,
-)
+from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap, read_image
+from voc import find_outside, label_color_map
 
 THRESHOLD = 0.5  # jaccard overlap from which a prior matches an object (paper §2.2)
 N_SHOWN = 5  # lines of each problem

@@ -24,20 +24,16 @@ from torchvision.datasets.utils import check_integrity, download_url
 
 from checks import THRESHOLD, best_prior_overlaps, check, preview, print_problems
 from datasets import PascalVOCDataset
-from utils import (
-    InputError,
-    atomic_writer,
+from files import InputError, atomic_writer, make_folder, read_json, run_command
+from voc import (
     create_data_lists,
     label_map,
     label_objects,
     leave_out_unknown,
-    make_folder,
     make_label_map,
     read_annotations,
-    read_json,
     read_labels,
     read_split,
-    run_command,
     split_at_random,
     write_data_lists,
 )

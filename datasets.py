@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from utils import open_image, read_data_lists, transform
+from utils import open_image, transform
+from voc import read_data_lists
 
 
 class PascalVOCDataset(Dataset):

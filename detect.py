@@ -21,22 +21,10 @@ from tqdm import tqdm
 from checkpoints import load_model
 from devices import batches_on, choose_precision, count_cores, find_device
 from drawing import draw_boxes, tile
+from files import InputError, atomic_writer, check_target, encode_json, make_folder, run_command
 from model import FEATURE_MAPS
-from utils import (
-    IMAGE_SUFFIXES,
-    InputError,
-    atomic_writer,
-    check_target,
-    cxcy_to_xy,
-    encode_json,
-    gcxgcy_to_cxcy,
-    label_color_map,
-    make_folder,
-    read_image,
-    run_command,
-    transform,
-    upright_rgb,
-)
+from utils import cxcy_to_xy, gcxgcy_to_cxcy, read_image, transform, upright_rgb
+from voc import IMAGE_SUFFIXES, label_color_map
 
 OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 BATCH_SIZE = 8  # images at a time

@@ -15,7 +15,7 @@ import signal
 import torch
 from torch import distributed
 
-from utils import InputError
+from files import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from checkpoints import load_model
 from datasets import PascalVOCDataset, collate_fn
 from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision, name_hardware
+from files import InputError, check_target, run_command, write_json
 from report import import_matplotlib, write_report
 from results import (
     bootstrap,
@@ -30,7 +31,7 @@ from results import (
     summarize,
     write_voc_results,
 )
-from utils import InputError, check_target, mean_average_precision, precision_recall_curves, run_command, write_json
+from utils import mean_average_precision, precision_recall_curves
 
 MIN_SCORE = 0.01  # probability; Caffe's confidence_threshold at test time (ssd_pascal.py)
 MAX_OVERLAP = 0.45  # jaccard overlap; Caffe's nms_threshold

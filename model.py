@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from files import InputError
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    InputError,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
     decimate,

@@ -12,8 +12,9 @@ from collections import Counter
 import torch
 
 from drawing import draw_boxes
+from files import InputError, make_folder, write_files
 from results import pixel_boxes, summarize
-from utils import InputError, find_jaccard_overlap, make_folder, read_image, write_files
+from utils import find_jaccard_overlap, read_image
 
 N_SHOWN = 24  # mistakes of each kind, and confusions
 MATRIX_LIMIT = 25  # classes up to which the whole table of confusions is legible

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import ExifTags
 from tqdm import tqdm
 
-from utils import InputError, average_precision, make_folder, open_image, read_json, write_files
+from files import InputError, make_folder, read_json, write_files
+from utils import average_precision, open_image
 
 
 def image_names(paths):

@@ -39,16 +39,10 @@ from devices import (
 )
 from drawing import draw_boxes
 from eval import MAX_OVERLAP, MIN_SCORE, TOP_K, collect
+from files import DivergenceError, InputError, atomic_writer
 from model import SSD300, MultiBoxLoss
-from utils import (
-    DivergenceError,
-    InputError,
-    atomic_writer,
-    calculate_mAP,
-    label_color_map,
-    read_image,
-    upright_rgb,
-)
+from utils import calculate_mAP, read_image, upright_rgb
+from voc import label_color_map
 
 
 @dataclasses.dataclass

@@ -45,9 +45,9 @@ from devices import (
     rank,
     sum_over_processes,
 )
+from files import InputError, check_target, make_folder, run_command
 from model import SSD300, MultiBoxLoss
 from runs import Interval, Run, describe_run, fingerprint, import_tensorboard, show, train_step, validate
-from utils import InputError, check_target, make_folder, run_command
 
 # What --sample changes. On a CPU just enough to see the loss fall within minutes, on a GPU to detect well.
 SAMPLE = {

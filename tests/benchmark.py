@@ -31,8 +31,9 @@ import train
 from create_data_lists import make_sample
 from datasets import PascalVOCDataset, collate_fn
 from devices import choose_precision, count_cores, make_deterministic
+from files import run_command
 from model import SSD300, MultiBoxLoss
-from utils import IMAGENET_MEAN, IMAGENET_STD, calculate_mAP, run_command
+from utils import IMAGENET_MEAN, IMAGENET_STD, calculate_mAP
 
 GFLOP_PER_IMAGE = 188.2  # of a training step with 21 classes: 31.37 G multiply-adds forward, times 2, times 3
 STEP_BATCHES = (32, 128)

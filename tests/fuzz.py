@@ -23,7 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import create_data_lists as script
 from datasets import PascalVOCDataset
-from utils import InputError
+from files import InputError
 
 SECONDS = 10  # a case may take
 OBJECT = (

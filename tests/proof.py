@@ -10,6 +10,7 @@ is in the output folder already is not done again, so an interrupted proof goes 
 """
 
 import argparse
+import gc
 import glob
 import itertools
 import math
@@ -43,20 +44,11 @@ from devices import (
     sum_over_processes,
 )
 from eval import collect, detect_all, score
+from files import DivergenceError, InputError, check_target, make_folder, read_json, run_command, write_json
 from model import MultiBoxLoss
 from results import coco_scores, image_names, image_sizes, import_pycocotools
 from runs import describe_run
-from utils import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DivergenceError,
-    InputError,
-    check_target,
-    make_folder,
-    read_json,
-    run_command,
-    write_json,
-)
+from utils import IMAGENET_MEAN, IMAGENET_STD
 
 # From scratch, for some minutes of a large GPU.
 RECIPE = (
@@ -153,7 +145,8 @@ def train_torchvision(settings):
     optimizer = train.make_optimizer(model, settings)
     for iteration, batch in enumerate(batches_of(settings, dataset, device)):
         loss = step_torchvision(model, optimizer, batch, train.learning_rate(iteration, settings), settings)
-        if iteration % settings.log_every == 0 and not loss.isfinite():
+        look = iteration % settings.log_every == 0 or iteration + 1 == settings.iterations
+        if look and not loss.isfinite():
             raise DivergenceError(f"torchvision's loss at iteration {iteration + 1} is not finite")
     return model
 
@@ -203,6 +196,7 @@ def evaluate(model, detect, settings, n_images):
 
 def prove(system, settings, arguments):
     """Train a system and evaluate it; return what came of it, plain values by name; None in all processes but one."""
+    gc.collect()  # what an earlier training left
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -227,8 +221,8 @@ def prove(system, settings, arguments):
 
 def conditions(settings, arguments):
     """Return what trainings must have in common to be compared."""
-    ours = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
-    return {**ours, "root": os.path.abspath(arguments.root), "zero_based": arguments.zero_based,
+    common = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
+    return {**common, "root": os.path.abspath(arguments.root), "zero_based": arguments.zero_based,
             "test_images": arguments.test_images, "hardware": name_hardware()}  # fmt: skip
 
 

@@ -19,8 +19,10 @@ from torchvision.models.detection.image_list import ImageList
 
 import checkpoints
 from checkpoints import load_checkpoint, load_model, save_checkpoint, save_weights, transfer
+from files import InputError
 from model import SSD300
-from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_xy, label_map, make_label_map
+from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy
+from voc import label_map, make_label_map
 
 SSD_PYTORCH = np.load(DATA / "ssdpytorch_reference.npz")
 CATEGORIES = SSD300_VGG16_Weights.COCO_V1.meta["categories"]

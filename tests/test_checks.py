@@ -13,11 +13,10 @@ from PIL import Image
 import create_data_lists as script
 from checks import best_overlap, best_prior_overlaps, check, preview, print_problems
 from datasets import PascalVOCDataset
+from files import InputError
 from model import SSD300, MultiBoxLoss
-from utils import (
-    InputError,
-    cxcy_to_xy,
-    find_jaccard_overlap,
+from utils import cxcy_to_xy, find_jaccard_overlap
+from voc import (
     label_objects,
     make_label_map,
     read_annotation,

@@ -20,8 +20,8 @@ from devices import (
     make_deterministic,
     mixed_precision,
 )
+from files import InputError
 from model import SSD300, MultiBoxLoss
-from utils import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and there is none")

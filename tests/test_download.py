@@ -13,7 +13,7 @@ import time
 import pytest
 
 import create_data_lists as script
-from utils import InputError
+from files import InputError
 
 
 def pack(files):

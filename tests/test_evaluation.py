@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import eval as eval_script
+from files import InputError
 from report import find_mistakes, write_report
 from results import (
     bootstrap,
@@ -23,7 +24,8 @@ from results import (
     summarize,
     write_voc_results,
 )
-from utils import InputError, calculate_mAP, make_label_map, precision_recall_curves
+from utils import calculate_mAP, precision_recall_curves
+from voc import make_label_map
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])
 

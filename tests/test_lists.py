@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from create_data_lists import make_sample
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
-from utils import InputError, create_data_lists, label_color_map, label_map, make_label_map, parse_annotation
+from files import InputError
+from utils import create_data_lists, label_color_map, label_map, make_label_map, parse_annotation  # where users look
 
 OBJECT = (
     "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}</object>"

@@ -9,8 +9,9 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
+from files import InputError
 from model import SSD300, VGGBase
-from utils import InputError, decimate
+from utils import decimate
 
 
 def test_there_are_8732_priors_and_one_cell_of_each_map_is_as_by_hand(model):

@@ -14,8 +14,10 @@ import detect as script
 from checkpoints import save_weights
 from detect import explain, export, find_in_files, find_objects, parse_arguments
 from drawing import _legible, _place_label, draw_boxes
+from files import InputError
 from model import FEATURE_MAPS, SSD300
-from utils import InputError, cxcy_to_gcxgcy, cxcy_to_xy, gcxgcy_to_cxcy, make_label_map, transform, xy_to_cxcy
+from utils import cxcy_to_gcxgcy, cxcy_to_xy, gcxgcy_to_cxcy, transform, xy_to_cxcy
+from voc import make_label_map
 
 README = Path(script.__file__).with_name("README.md")
 

@@ -10,7 +10,8 @@ import torch
 from torchvision.models.detection import ssd300_vgg16
 
 from datasets import PascalVOCDataset
-from utils import IMAGENET_MEAN, IMAGENET_STD, make_label_map
+from utils import IMAGENET_MEAN, IMAGENET_STD
+from voc import make_label_map
 
 
 def test_torchvisions_network_gets_the_pixels_that_it_is_made_for():

@@ -16,11 +16,13 @@ from checkpoints import load_checkpoint
 from create_data_lists import SAMPLE_LABELS
 from datasets import PascalVOCDataset
 from detect import annotate, detect, find_objects
-from utils import InputError, label_color_map, make_label_map, transform
+from files import InputError
+from utils import transform
+from voc import label_color_map, make_label_map
 
 MODULES = (
     "model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists", "devices", "runs",
-    "checks", "drawing", "results", "report",
+    "checks", "drawing", "results", "report", "voc", "files",
 )  # fmt: skip
 QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5)
 
