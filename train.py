@@ -184,9 +184,7 @@ def make_optimizer(model, settings):
 
 def build(settings, device, precision="fp32"):
     """Return the Run that settings describe, to be begun or to be gone on with."""
-    dataset = PascalVOCDataset(
-        settings.data_folder, "TRAIN", keep_difficult=True, augment=not settings.no_augmentation, seed=settings.seed
-    )  # difficult objects are trained on: ssd_pascal.py, use_difficult_gt
+    dataset = training_set(settings)
     progress = {}
     torch.manual_seed(settings.seed)
     if settings.resume:
@@ -214,6 +212,13 @@ def build(settings, device, precision="fp32"):
     if settings.resume:
         load_optimizer(optimizer, scaler, checkpoint, settings.resume)
     return Run(settings, dataset, model, MultiBoxLoss(model.priors_cxcy), optimizer, scaler, precision, **progress)
+
+
+def training_set(settings):
+    """Return the images to train on; difficult objects are trained on, too (ssd_pascal.py, use_difficult_gt)."""
+    return PascalVOCDataset(
+        settings.data_folder, "TRAIN", keep_difficult=True, augment=not settings.no_augmentation, seed=settings.seed
+    )
 
 
 def compare_with(checkpoint, settings, dataset):

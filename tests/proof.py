@@ -139,7 +139,7 @@ def train_torchvision(settings):
     device = find_device()
     choose_precision(settings.precision, device)
     torch.backends.cudnn.allow_tf32 = True
-    dataset = PascalVOCDataset(settings.data_folder, "TRAIN", keep_difficult=True, seed=settings.seed)
+    dataset = train.training_set(settings)
     torch.manual_seed(settings.seed)
     model = make_torchvision(dataset.label_map).to(device).train()
     optimizer = train.make_optimizer(model, settings)
@@ -248,7 +248,7 @@ def compare_losses(settings):
     """
     device = find_device()
     choose_precision("fp32", device)
-    dataset = PascalVOCDataset(settings.data_folder, "TRAIN", keep_difficult=True, seed=settings.seed)
+    dataset = train.training_set(settings)
     torch.manual_seed(settings.seed)
     theirs = make_torchvision(dataset.label_map).to(device).train()
     with tempfile.TemporaryDirectory() as folder:
