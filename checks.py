@@ -20,7 +20,7 @@ from drawing import draw_boxes, tile
 from files import InputError
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss
 from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap, read_image
-from voc import find_outside, label_color_map
+from voc import find_outside, label_color_map, label_names
 
 THRESHOLD = 0.5  # jaccard overlap from which a prior matches an object (paper §2.2)
 N_SHOWN = 5  # lines of each problem
@@ -200,7 +200,7 @@ def preview(dataset, n, seed=0):
 
 
 def _preview_pair(dataset, index):
-    names = {label: name for name, label in dataset.label_map.items()}
+    names = label_names(dataset.label_map)
     colors = label_color_map(dataset.label_map)
     original = read_image(dataset.images[index])
     scale = TILE / max(original.size)

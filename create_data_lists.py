@@ -28,6 +28,7 @@ from files import InputError, atomic_writer, make_folder, read_json, run_command
 from voc import (
     create_data_lists,
     label_map,
+    label_names,
     label_objects,
     leave_out_unknown,
     make_label_map,
@@ -213,7 +214,7 @@ def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60
 
 def print_summary(lists, label_map):
     """Print how many images and objects, per class too, the lists of `create_data_lists` hold."""
-    names = {index: name for name, index in label_map.items()}
+    names = label_names(label_map)
     counts = {
         split: Counter(label for entry in objects for label in entry["labels"]) for split, (_, objects) in lists.items()
     }

@@ -24,7 +24,7 @@ from drawing import draw_boxes, tile
 from files import InputError, atomic_writer, check_target, encode_json, make_folder, run_command
 from model import FEATURE_MAPS
 from utils import cxcy_to_xy, gcxgcy_to_cxcy, read_image, transform, upright_rgb
-from voc import IMAGE_SUFFIXES, label_color_map
+from voc import IMAGE_SUFFIXES, label_color_map, label_names
 
 OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 BATCH_SIZE = 8  # images at a time
@@ -125,7 +125,7 @@ def _prepare(original_image):
 
 def _name_objects(boxes, labels, scores, size, label_map, suppress=None):
     """Return (class name, score, pixel box inside the picture) of one picture's detections."""
-    names = {index: name for name, index in label_map.items()}
+    names = label_names(label_map)
     boxes = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
     found = zip((names[label] for label in labels.tolist()), scores.tolist(), boxes.tolist(), strict=True)
     return [(name, score, box) for name, score, box in found if name not in (suppress or ())]

@@ -15,6 +15,7 @@ from drawing import draw_boxes
 from files import InputError, make_folder, write_files
 from results import pixel_boxes, summarize
 from utils import find_jaccard_overlap, read_image
+from voc import label_names
 
 N_SHOWN = 24  # mistakes of each kind, and confusions
 MATRIX_LIMIT = 25  # classes up to which the whole table of confusions is legible
@@ -78,7 +79,7 @@ def find_mistakes(curves, found, label_map):
         not found, (area, image, object), largest first; Counter of (true class, class said), None for background and
         for nothing said
     """
-    names = {label: name for name, label in label_map.items()}
+    names = label_names(label_map)
     least = {label_map[name]: summarize(curve)["score"] for name, curve in curves.items() if curve is not None}
     mistakes, misses, confusions = [], [], Counter()
     for image, (boxes, labels, scores, true_boxes, true_labels, difficulties) in enumerate(zip(*found, strict=True)):
@@ -212,7 +213,7 @@ def _shaded(count, share):
 
 
 def _false_detection(score, image, detection, truth, found, dataset):
-    names = {label: name for name, label in dataset.label_map.items()}
+    names = label_names(dataset.label_map)
     said = names[found[1][image][detection].item()]
     boxes = torch.cat([found[0][image][detection][None], found[3][image]])
     captions = [f"{said} {score:.2f}", *(names[label] for label in found[4][image].tolist())]
@@ -227,7 +228,7 @@ def _false_detection(score, image, detection, truth, found, dataset):
 
 
 def _miss(_, image, index, found, dataset):
-    names = {label: name for name, label in dataset.label_map.items()}
+    names = label_names(dataset.label_map)
     name = names[found[4][image][index].item()]
     picture = _thumbnail(image, found[3][image][index][None], [name], [MISSED], dataset)
     return picture, f"{os.path.basename(dataset.images[image])}: {name}"

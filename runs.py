@@ -42,7 +42,7 @@ from eval import MAX_OVERLAP, MIN_SCORE, TOP_K, collect
 from files import DivergenceError, InputError, atomic_writer
 from model import SSD300, MultiBoxLoss
 from utils import calculate_mAP, read_image, upright_rgb
-from voc import label_color_map
+from voc import label_color_map, label_names
 
 
 @dataclasses.dataclass
@@ -189,7 +189,7 @@ class Run:
     def show_examples(self, n=4):
         """Show the first test images in TensorBoard: left with their objects, right with what is found."""
         dataset = self.test_set
-        names = {index: name for name, index in dataset.label_map.items()}
+        names = label_names(dataset.label_map)
         colors = label_color_map(dataset.label_map)
         self.model.eval()
         for number, (path, objects) in enumerate(zip(dataset.images[:n], dataset.objects[:n], strict=True)):

@@ -37,6 +37,11 @@ def make_label_map(labels):
 label_map = make_label_map(voc_labels)
 
 
+def label_names(label_map):
+    """Return index -> class name of a label map."""
+    return {index: name for name, index in label_map.items()}
+
+
 def check_label_map(label_map, source):
     """Raise InputError that names `source` unless `label_map` is {name: index}, background 0, no gaps."""
     if (
