@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoints import load_model
 from devices import batches_on, choose_precision, count_cores, find_device
 from drawing import draw_boxes, tile
-from files import InputError, atomic_writer, check_target, encode_json, make_folder, run_command
+from files import InputError, atomic_writer, check_folder, check_targets, encode_json, make_folder, run_command
 from model import FEATURE_MAPS
 from utils import cxcy_to_xy, gcxgcy_to_cxcy, read_image, transform, upright_rgb
 from voc import IMAGE_SUFFIXES, label_color_map, label_names
@@ -56,9 +56,6 @@ def parse_arguments(arguments=None):
         raise InputError("--min-score and --max-overlap must lie in 0 ... 1 and --top-k be 1 or more")
     if bool(settings.images) == bool(settings.export):
         raise InputError("give pictures or folders of them, or --export FILE.onnx alone")
-    for path in (settings.export, settings.json):
-        if path:
-            check_target(path)
     is_one = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
     settings.images = list(dict.fromkeys(image for path in settings.images for image in _list_images(path)))
     if is_one and not settings.output_folder:
@@ -66,15 +63,19 @@ def parse_arguments(arguments=None):
         settings.output = settings.output or f"{{0}}{ending}".format(*os.path.splitext(settings.images[0]))
         if os.path.splitext(settings.output)[1].lower() not in OUTPUT_FORMATS:
             raise InputError(f"{settings.output}: give an --output that ends in {', '.join(OUTPUT_FORMATS)}")
-        if os.path.realpath(settings.output) == os.path.realpath(settings.images[0]):
-            raise InputError(f"{settings.output}: is the picture itself; give another --output")
-        check_target(settings.output)
     elif settings.output:
-        raise InputError("--output is for one picture; give --output-folder for several")
+        raise InputError("--output is for one picture, and --output-folder for several; give one of them")
     elif settings.explain:
         raise InputError("--explain is for one picture, and goes to --output")
-    else:
+    elif not settings.export:
         settings.output_folder = settings.output_folder or "detected"
+        check_folder(settings.output_folder)
+    if settings.explain and settings.json:
+        raise InputError("--explain and --json do not go together; give one of them")
+    settings.copies = _name_copies(settings)
+    inputs = [*settings.images, settings.checkpoint]
+    copies = [] if settings.output_folder else settings.copies.values()
+    check_targets(*copies, settings.json, settings.export, inputs=inputs)
     return settings
 
 
@@ -100,20 +101,30 @@ def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=
     :return: (class name, score, box) per object; the box in pixel xy of the upright picture, inside of it
     :raises InputError: for a class that the model does not know
     """
-    check_classes(suppress, model.label_map)
+    suppressed = find_labels(suppress, model.label_map)
     image, size = _prepare(original_image)
     with torch.inference_mode():
-        predictions = model(image[None].to(model.priors_cxcy.device))
+        predictions = _predict(model, image[None].to(model.priors_cxcy.device), suppressed)
         found = model.detect_objects(*predictions, min_score, max_overlap, top_k)
-    return _name_objects(*(part[0] for part in found), size, model.label_map, suppress)
+    return _name_objects(*(part[0] for part in found), size, model.label_map)
 
 
-def check_classes(suppress, label_map):
-    """Raise InputError for a class name that a label map does not have."""
-    unknown = [name for name in suppress or () if label_map.get(name, 0) == 0]
+def find_labels(names, label_map):
+    """Return the labels of classes to leave out; InputError for a name that a label map does not have."""
+    unknown = [name for name in names or () if label_map.get(name, 0) == 0]
     if unknown:
         known = ", ".join(name for name, index in label_map.items() if index != 0)
         raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {known}")
+    return [label_map[name] for name in names or ()]
+
+
+def _predict(model, images, suppressed):
+    """Return a model's predictions, the probability of the suppressed labels given to the background."""
+    locs, scores = model(images)
+    if suppressed:
+        scores[..., 0] = scores[..., [0, *suppressed]].logsumexp(dim=2)
+        scores[..., suppressed] = -torch.inf
+    return locs, scores
 
 
 def _prepare(original_image):
@@ -123,12 +134,12 @@ def _prepare(original_image):
     return transform(upright, *nothing, split="TEST")[0], upright.size
 
 
-def _name_objects(boxes, labels, scores, size, label_map, suppress=None):
+def _name_objects(boxes, labels, scores, size, label_map):
     """Return (class name, score, pixel box inside the picture) of one picture's detections."""
     names = label_names(label_map)
     boxes = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
     found = zip((names[label] for label in labels.tolist()), scores.tolist(), boxes.tolist(), strict=True)
-    return [(name, score, box) for name, score, box in found if name not in (suppress or ())]
+    return list(found)
 
 
 class _Pictures(Dataset):
@@ -159,16 +170,16 @@ def find_in_files(paths, model, min_score, max_overlap, top_k, suppress=None):
 
     A picture that cannot be read has None for size and objects, and a line that says why as error.
     """
-    check_classes(suppress, model.label_map)
+    suppressed = find_labels(suppress, model.label_map)
     device = model.priors_cxcy.device
     loader = DataLoader(
         _Pictures(paths), batch_size=BATCH_SIZE, collate_fn=_join, pin_memory=device.type == "cuda",
         num_workers=min(count_cores(), len(paths) // BATCH_SIZE),
     )  # fmt: skip
     for images, pictures in batches_on(device, loader):
-        detections = model.detect_objects(*model(images), min_score, max_overlap, top_k)
+        detections = model.detect_objects(*_predict(model, images, suppressed), min_score, max_overlap, top_k)
         for (size, path, error), *found in zip(pictures, *detections, strict=True):
-            yield path, size, None if error else _name_objects(*found, size, model.label_map, suppress), error
+            yield path, size, None if error else _name_objects(*found, size, model.label_map), error
 
 
 def annotate(original_image, objects, colors):
@@ -192,16 +203,16 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=N
     return annotate(original_image, objects, label_color_map(model.label_map))
 
 
-def explain(original_image, model, min_score, max_overlap, top_k):
+def explain(original_image, model, min_score, max_overlap, top_k, suppress=None):
     """Return a picture of what each feature map found: its cells, the objects, and the priors that these come from.
 
     The parameters are those of `find_objects`. A prior is drawn thin and without a caption, in its object's colour.
     """
     upright = upright_rgb(original_image)
-    colors = label_color_map(model.label_map)
+    colors, suppressed = label_color_map(model.label_map), find_labels(suppress, model.label_map)
     image, size = _prepare(upright)
     with torch.inference_mode():
-        locs, scores = model(image[None].to(model.priors_cxcy.device))
+        locs, scores = _predict(model, image[None].to(model.priors_cxcy.device), suppressed)
         decoded = cxcy_to_xy(gcxgcy_to_cxcy(locs.float(), model.priors_cxcy))[0].cpu()
         boxes, *found = (part[0] for part in model.detect_objects(locs, scores, min_score, max_overlap, top_k))
     # A detection is the decoded box of a prior: that says which.
@@ -258,16 +269,17 @@ def export(model, path):
             dynamic_shapes={"images": {0: torch.export.Dim.DYNAMIC}}, dynamo=True, verbose=False,
         )  # fmt: skip
     contents = program.model_proto
-    onnx.helper.set_model_props(contents, {"label_map": json.dumps(model.label_map)})
+    in_order = dict(sorted(model.label_map.items(), key=lambda item: item[1]))
+    onnx.helper.set_model_props(contents, {"label_map": json.dumps(in_order)})
     with atomic_writer(path) as file:
         file.write(contents.SerializeToString())
 
 
 def _name_copies(settings):
-    """Return picture -> path of its annotated copy, each a name of its own."""
-    if settings.output:
-        return {settings.images[0]: settings.output}
-    copies, taken = {}, set()
+    """Return picture -> path of its annotated copy, each a name of its own, and none a picture's."""
+    if settings.output or settings.export:
+        return dict.fromkeys(settings.images, settings.output)
+    copies, taken, originals = {}, set(), {os.path.realpath(path) for path in settings.images}
     for path in settings.images:
         stem, suffix = os.path.splitext(os.path.basename(path))
         suffix = suffix if suffix.lower() in OUTPUT_FORMATS else ".jpg"
@@ -277,14 +289,18 @@ def _name_copies(settings):
             name = f"{stem}_{number}{suffix}"
         taken.add(name.lower())
         copies[path] = os.path.join(settings.output_folder, name)
-        if os.path.realpath(copies[path]) == os.path.realpath(path):
-            raise InputError(f"{copies[path]}: is the picture itself; give another --output-folder")
+        if os.path.realpath(copies[path]) in originals:
+            raise InputError(f"{copies[path]}: is one of the pictures itself; give another --output-folder")
     return copies
 
 
 def _save(picture, path):
-    with atomic_writer(path) as file:
-        picture.save(file, OUTPUT_FORMATS[os.path.splitext(path)[1].lower()])
+    try:
+        with atomic_writer(path) as file:
+            picture.save(file, OUTPUT_FORMATS[os.path.splitext(path)[1].lower()])
+    except (OSError, ValueError) as error:  # the disk, or more pixels than the format can hold
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be written ({reason}); give another --output or --output-folder") from error
 
 
 def main():
@@ -293,7 +309,7 @@ def main():
     device = find_device()
     choose_precision("fp32", device)
     images = settings.images
-    if len(images) == 1:
+    if settings.output:
         read_image(*images)  # before a model is fetched
     model = load_model(settings.checkpoint, device)
     limits = settings.min_score, settings.max_overlap, settings.top_k
@@ -303,11 +319,11 @@ def main():
         return
     model.to(memory_format=torch.channels_last)
     if settings.explain:
-        _save(explain(read_image(*images), model, *limits), settings.output)
+        _save(explain(read_image(*images), model, *limits, settings.suppress), settings.output)
         print(f"explanation: {settings.output}")
         return
 
-    copies, colors, unreadable = _name_copies(settings), label_color_map(model.label_map), 0
+    copies, colors, n_errors = settings.copies, label_color_map(model.label_map), 0
     if settings.output_folder:
         make_folder(settings.output_folder)
     width = max(map(len, model.label_map))
@@ -318,21 +334,25 @@ def main():
             found, "detecting", len(images), unit="image", disable=None if len(images) > N_QUIET else True
         ):
             record = {"file": path}
-            if error:
-                unreadable += 1
-                record["error"] = error
-                tqdm.write(f"error: {error}", file=sys.stderr)
-            else:
+            if not error:
                 keys = ("label", "score", "box")
                 record |= {"width": size[0], "height": size[1]}
                 record["objects"] = [dict(zip(keys, thing, strict=True)) for thing in objects]
-                _save(annotate(read_image(path), objects, colors), copies[path])
-                tqdm.write(f"{path}, {size[0]} x {size[1]}: {len(objects)} objects; annotated copy: {copies[path]}")
+                copy = f"annotated copy: {copies[path]}"
+                try:
+                    _save(annotate(read_image(path), objects, colors), copies[path])
+                except InputError as failure:
+                    error, copy = str(failure), "no annotated copy"
+                tqdm.write(f"{path}, {size[0]} x {size[1]}: {len(objects)} objects; {copy}")
                 for name, score, box in objects:
                     tqdm.write(f"{name:{width}} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
+            if error:
+                n_errors += 1
+                record["error"] = error
+                tqdm.write(f"error: {error}", file=sys.stderr)
             if lines:
                 lines.write(encode_json(record) + b"\n")
-    if unreadable:
+    if n_errors:
         sys.exit(1)
 
 

@@ -16,18 +16,21 @@ from tqdm import tqdm
 from checkpoints import load_model
 from datasets import PascalVOCDataset, collate_fn
 from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision, name_hardware
-from files import InputError, check_target, run_command, write_json
+from files import InputError, check_folder, check_targets, run_command, write_json
 from report import import_matplotlib, write_report
 from results import (
     bootstrap,
     coco_results,
     coco_scores,
+    count_objects,
     image_names,
     image_sizes,
     import_pycocotools,
     interval,
     make_evidence,
+    name_voc_results,
     read_results,
+    show_scores,
     summarize,
     write_voc_results,
 )
@@ -69,9 +72,13 @@ def parse_arguments(arguments=None):
         import_matplotlib()
     if settings.coco:
         import_pycocotools()
-    for path in (settings.results, settings.detections):
-        if path:
-            check_target(path)
+    lists = [os.path.join(settings.data_folder, f"TEST_{part}.json") for part in ("images", "objects")]
+    inputs = [*lists, os.path.join(settings.data_folder, "label_map.json"), settings.checkpoint]
+    inputs += [settings.against] if settings.against else []
+    check_targets(settings.results, settings.detections, inputs=inputs)
+    for folder in (settings.report, settings.voc_results):
+        if folder:
+            check_folder(folder)
     return settings
 
 
@@ -182,23 +189,28 @@ def print_results(results, curves):
     print("  " + ", ".join(shares))
 
 
-def print_significance(results, evidence, settings, names):
-    """Print the interval of the mAP, and of its difference to another evaluation; return both as plain values."""
-    evidences = [evidence]
-    if settings.against:
-        other_mean, other = read_results(settings.against, names, evidence)
-        evidences.append(other)
-    samples = bootstrap(*evidences, n=settings.bootstrap)
+def print_significance(results, evidence, settings, other=None):
+    """Print the interval of the mAP, and of its difference to another evaluation; return both as plain values.
+
+    :param other: what `read_results` returns of the other evaluation
+    """
+    samples = bootstrap(evidence, *([other[1]] if other else []), n=settings.bootstrap)
     bounds = interval(samples[0])
     print(f"\n95% interval of the 11-point mAP: {bounds[0]:.4f} to {bounds[1]:.4f}, by {settings.bootstrap} samples")
     significance = {"samples": settings.bootstrap, "mAP_interval": bounds}
-    if settings.against:
-        difference, bounds = results["mAP_11_point"] - other_mean, interval(samples[0] - samples[1])
-        verdict = "may be chance" if bounds[0] <= 0 <= bounds[1] else "is more than chance"
+    if other:
+        difference, bounds = results["mAP_11_point"] - other[0], interval(samples[0] - samples[1])
+        verdict = "is more than chance" if bounds[0] > 0 or bounds[1] < 0 else "may be chance"
         print(f"difference to {settings.against}: {difference:+.4f}, 95% interval "
               f"{bounds[0]:+.4f} to {bounds[1]:+.4f}: it {verdict}")  # fmt: skip
         significance |= {"against": settings.against, "difference": difference, "difference_interval": bounds}
     return significance
+
+
+def write_results(path, results, names, evidence):
+    """Write the figures and what they rest on as JSON, if a path is given."""
+    if path:
+        write_json({path: {**results, "image_names": names, "evidence": evidence}})
 
 
 def main():
@@ -213,6 +225,12 @@ def main():
             f"{settings.checkpoint}: its classes ({', '.join(model.label_map)}) are not those of "
             f"{settings.data_folder} ({', '.join(dataset.label_map)}); give a checkpoint trained on this data"
         )
+    names, n_objects = image_names(dataset.images), count_objects(dataset.objects, dataset.label_map)
+    if settings.bootstrap and not n_objects:
+        raise InputError(f"--bootstrap, --against: the test split of {settings.data_folder} has no object to be found")
+    other = read_results(settings.against, names, n_objects) if settings.against else None
+    if settings.voc_results:
+        name_voc_results(settings.voc_results, names, dataset.label_map)
     loader = DataLoader(
         dataset, batch_size=settings.batch_size, collate_fn=collate_fn, num_workers=settings.workers,
         pin_memory=device.type == "cuda",
@@ -226,15 +244,16 @@ def main():
         "precision": precision, "batch_size": settings.batch_size,
         **{f"{part}_seconds": spent for part, spent in seconds.items()}, **results,
     }  # fmt: skip
+    evidence = make_evidence(curves)
+    write_results(settings.results, results, names, evidence)  # whatever becomes of the rest
     print_results(results, curves)
-
-    names, evidence = image_names(dataset.images), make_evidence(curves)
-    if settings.bootstrap and evidence:
-        results["significance"] = print_significance(results, evidence, settings, names)
+    if settings.bootstrap:
+        results["significance"] = print_significance(results, evidence, settings, other)
     sizes = image_sizes(dataset.images) if settings.coco or settings.voc_results or settings.detections else None
     if settings.coco:
         results["coco"] = coco_scores(found, names, sizes, model.label_map)
-        print("\nCOCO's rules: " + ", ".join(f"{name} {value:.4f}" for name, value in results["coco"].items()))
+        print(f"\nCOCO's rules: {show_scores(results['coco'])}")
+    write_results(settings.results, results, names, evidence)
     if settings.voc_results:
         write_voc_results(settings.voc_results, found, names, sizes, model.label_map)
     if settings.detections:
@@ -242,8 +261,6 @@ def main():
     if settings.report:
         write_report(settings.report, results, curves, found, dataset)
         print(f"report: {os.path.join(settings.report, 'index.html')}")
-    if settings.results:
-        write_json({settings.results: {**results, "image_names": names, "evidence": evidence}})
 
 
 if __name__ == "__main__":

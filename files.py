@@ -33,9 +33,12 @@ def run_command(main):
     message = None
     try:
         main()
-    except (InputError, OSError) as error:
+    except InputError as error:
         # A DataLoader worker's error arrives wrapped in its traceback; our own line is the last.
-        message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), getattr(error, "status", 2)
+        message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), error.status
+    except OSError as error:
+        name = "" if error.filename is None else f"{error.filename}: "
+        message, status = f"{name}{error.strerror or error}; put that right and try again", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     finally:
@@ -64,6 +67,10 @@ def atomic_writer(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, temporary):
+            error.filename = path
+        raise
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
@@ -77,11 +84,34 @@ def make_folder(path):
         raise InputError(f"{path}: cannot be made, or is no folder ({error.strerror}); give another") from error
 
 
-def check_target(path):
-    """Raise InputError unless the folder of a file to be written is there: before the work, not after it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder) or os.path.isdir(path):
-        raise InputError(f"{path}: cannot be written, {folder} is no folder or this is one; give another path")
+def check_targets(*targets, inputs=()):
+    """Raise InputError unless files can be written, each another and none of the inputs: before the work, not after it.
+
+    :param targets: paths of files to be written; None for one that is not
+    :param inputs: paths of files that are to stay
+    """
+    taken = {os.path.realpath(path) for path in inputs}
+    for path in targets:
+        if path is None:
+            continue
+        real = os.path.realpath(path)
+        folder = os.path.dirname(real)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise InputError(f"{path}: cannot be written, {folder} is no folder to write to; give another path")
+        if os.path.exists(real) and not os.path.isfile(real):
+            raise InputError(f"{path}: cannot be written, it is there and no file; give another path")
+        if real in taken:
+            raise InputError(f"{path}: is read, or written for something else; give another path")
+        taken.add(real)
+
+
+def check_folder(path):
+    """Raise InputError unless a folder is there, or can be made, to write to: before the work, not after it."""
+    existing = os.path.realpath(path)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise InputError(f"{path}: {existing} is no folder to write to; give another")
 
 
 def read_text(path):

@@ -268,6 +268,7 @@ class SSD300(nn.Module):
         """
         boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))
         probabilities = predicted_scores.float().softmax(dim=2)[:, :, 1:]
+        probabilities = torch.where(boxes.isfinite().all(dim=2, keepdim=True), probabilities, 0)  # else it is no box
         detections = [
             _non_maximum_suppression(image_boxes, image_scores, min_score, max_overlap, top_k)
             for image_boxes, image_scores in zip(boxes, probabilities, strict=True)
@@ -288,13 +289,13 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
         return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device), flat.new_zeros(0)
     n_best = 4 * top_k
     while True:
-        # Take the best, with all that equal the last of them, so that ties never depend on how many are taken.
+        # Take the best; of equals the first, so that ties never depend on how many are taken.
         last = flat.topk(min(n_best, n_candidates)).values[-1]
         candidates = (flat >= last).nonzero().squeeze(1)
-        candidates = candidates[flat[candidates].argsort(descending=True, stable=True)]
+        candidates = candidates[flat[candidates].argsort(descending=True, stable=True)][:n_best]
         # Classes are kept apart by moving each to a place of its own; float64 leaves the overlaps exact.
         priors, classes = candidates // n_classes, candidates % n_classes
-        places = boxes[priors].double().nan_to_num(0).clamp(-1e6, 1e6)
+        places = boxes[priors].double().clamp(-1e6, 1e6)
         places = places + classes[:, None] * (places.max() - places.min() + 1)
         kept = torchvision.ops.nms(places, flat[candidates].double(), max_overlap)[:top_k]
         if len(kept) == top_k or len(candidates) >= n_candidates:

@@ -13,14 +13,13 @@ import torch
 
 from drawing import draw_boxes
 from files import InputError, make_folder, write_files
-from results import pixel_boxes, summarize
-from utils import find_jaccard_overlap, read_image
+from results import pixel_boxes, show_scores, summarize
+from utils import MIN_TRUE_OVERLAP, find_jaccard_overlap, read_image
 from voc import label_names
 
 N_SHOWN = 24  # mistakes of each kind, and confusions
 MATRIX_LIMIT = 25  # classes up to which the whole table of confusions is legible
 THUMBNAIL = 300  # pixels of a picture's longer side
-LOCALIZED = 0.5  # jaccard overlap from which a detection is of an object
 RIGHT, WRONG, MISSED = (30, 160, 60), (220, 30, 40), (255, 150, 0)
 
 STYLE = """
@@ -65,56 +64,68 @@ def write_report(folder, results, curves, found, dataset):
         ),
         "</html>",
     ]
+    page = "\n".join(parts).encode("utf-8", "replace").decode()  # names of files may be in other encodings
     make_folder(folder)
-    write_files({os.path.join(folder, "index.html"): "\n".join(parts)})
+    write_files({os.path.join(folder, "index.html"): page})
 
 
 def find_mistakes(curves, found, label_map):
-    """Sort out what went wrong among detections above their class' score of the best F1.
+    """Sort out what went wrong; what is right, and what counts, is the curves' say.
 
-    Best first, a detection is right if it overlaps an object of its class that is still free by 0.5; else it is taken
-    for one of another class that it overlaps so; else for one of background, also where its object is taken.
-
-    :return: wrong detections, (score, image, detection, true class name or None), best score first; objects that were
-        not found, (area, image, object), largest first; Counter of (true class, class said), None for background and
-        for nothing said
+    :return: wrong detections, (score, image, detection), best score first; and, of the detections from their class'
+        score of the best F1 on: objects that were not found, (area, image, object), largest first, and a Counter of
+        (true class, class said), None for background, also where an object is found a second time, and for nothing said
     """
     names = label_names(label_map)
-    least = {label_map[name]: summarize(curve)["score"] for name, curve in curves.items() if curve is not None}
-    mistakes, misses, confusions = [], [], Counter()
-    for image, (boxes, labels, scores, true_boxes, true_labels, difficulties) in enumerate(zip(*found, strict=True)):
-        overlap = find_jaccard_overlap(boxes, true_boxes)  # (d, n)
-        free, mistaken = torch.ones(len(true_boxes), dtype=torch.bool), set()
-        for detection in scores.argsort(descending=True, stable=True).tolist():
-            label = labels[detection].item()
-            if scores[detection] < least.get(label, 1.0):
-                continue
-            near = overlap[detection] >= LOCALIZED
-            own = near & (true_labels == label) & (free | (difficulties > 0))
-            if own.any():
-                index = torch.where(own, overlap[detection], -1).argmax().item()
-                free[index] = False
-                if not difficulties[index]:
-                    confusions[names[label], names[label]] += 1
-                continue
-            others = near & (true_labels != label)
+    _, labels, scores, true_boxes, true_labels, difficulties = found
+    mistakes, misses, confusions, is_found, is_mistaken = [], [], Counter(), set(), set()
+    for name, curve in curves.items():
+        if curve is None:  # no objects but difficult ones, so all is wrong where these are not
+            label = label_map[name]
+            for image in range(len(labels)):
+                if label not in true_labels[image]:
+                    places = (labels[image] == label).nonzero().flatten().tolist()
+                    mistakes += [(scores[image][place].item(), image, place) for place in places]
+            continue
+        columns = (curve.scores, curve.images, curve.places, curve.right)
+        detections = list(zip(*(column.tolist() for column in columns), strict=True))
+        mistakes += [detection[:3] for detection in detections if not detection[3]]
+        n_counted = int((curve.scores >= summarize(curve)["score"]).sum())
+        for _, image, place, right in detections[:n_counted]:
+            own, other = _nearest(image, place, found)
             truth = None
-            if others.any():
-                index = torch.where(others, overlap[detection], -1).argmax().item()
-                truth = names[true_labels[index].item()]
-                mistaken.add(index)
-            confusions[truth, names[label]] += 1
-            mistakes.append((scores[detection].item(), image, detection, truth))
-        areas = (true_boxes[:, 2:] - true_boxes[:, :2]).prod(dim=1)
-        for index in (free & (difficulties == 0)).nonzero().flatten().tolist():
-            misses.append((areas[index].item(), image, index))
-            if index not in mistaken:
-                confusions[names[true_labels[index].item()], None] += 1
-    return sorted(mistakes, reverse=True, key=lambda m: m[0]), sorted(misses, reverse=True), confusions
+            if right:
+                is_found.add((image, own))
+                truth = name
+            elif own is None and other is not None:
+                is_mistaken.add((image, other))
+                truth = names[true_labels[image][other].item()]
+            confusions[truth, name] += 1
+    for image, flags in enumerate(difficulties):
+        for index in (flags == 0).nonzero().flatten().tolist():
+            if (image, index) not in is_found:
+                box = true_boxes[image][index]
+                misses.append(((box[2:] - box[:2]).prod().item(), image, index))
+                if (image, index) not in is_mistaken:
+                    confusions[names[true_labels[image][index].item()], None] += 1
+    return sorted(mistakes, key=lambda mistake: -mistake[0]), sorted(misses, reverse=True), confusions
+
+
+def _nearest(image, place, found):
+    """Return the objects that a detection overlaps most, of its class and of others: indices, None below 0.5."""
+    boxes, labels, _, true_boxes, true_labels, _ = (part[image] for part in found)
+    overlap = find_jaccard_overlap(boxes[place][None].double(), true_boxes.double())[0]
+    is_own = true_labels == labels[place]
+    nearest = []
+    for mask in (is_own, ~is_own):
+        near = mask & (overlap >= MIN_TRUE_OVERLAP)
+        nearest.append(torch.where(near, overlap, -1).argmax().item() if near.any() else None)
+    return nearest
 
 
 def _headline(results):
-    mean, area = (f"{results[f'mAP_{key}'] or 0:.4f}" for key in ("11_point", "area"))
+    values = (results[f"mAP_{key}"] for key in ("11_point", "area"))
+    mean, area = ("none" if value is None else f"{value:.4f}" for value in values)
     facts = ", ".join(
         html.escape(f"{name} {results[key]}")
         for name, key in (("checkpoint", "checkpoint"), ("data", "data_folder"), ("images", "images"),
@@ -124,10 +135,13 @@ def _headline(results):
     if "significance" in results:
         low, high = results["significance"]["mAP_interval"]
         extra = f"<p>95% interval of the 11-point mAP, by resampling images: {low:.4f} to {high:.4f}</p>"
+        if "difference" in results["significance"]:
+            other, difference, (low, high) = (
+                results["significance"][key] for key in ("against", "difference", "difference_interval")
+            )
+            extra += f"<p>Difference to {html.escape(other)}: {difference:+.4f}, interval {low:+.4f} to {high:+.4f}</p>"
     if "coco" in results:
-        extra += (
-            "<p>COCO's rules: " + ", ".join(f"{key} {value:.4f}" for key, value in results["coco"].items()) + "</p>"
-        )
+        extra += f"<p>COCO's rules: {show_scores(results['coco'])}</p>"
     return (
         f'<h1>SSD300: evaluation</h1><p><span class="big">mAP {mean}</span> by the 11-point rule of VOC2007; '
         f"{area} by the area under the curve, the rule from VOC2010 on. The two are not to be compared.</p>{extra}"
@@ -212,17 +226,21 @@ def _shaded(count, share):
     return f'<td style="background: rgba(21, 101, 192, {share:.2f}); color: {color}">{count or ""}'
 
 
-def _false_detection(score, image, detection, truth, found, dataset):
+def _false_detection(score, image, place, found, dataset):
     names = label_names(dataset.label_map)
-    said = names[found[1][image][detection].item()]
-    boxes = torch.cat([found[0][image][detection][None], found[3][image]])
-    captions = [f"{said} {score:.2f}", *(names[label] for label in found[4][image].tolist())]
+    label = found[1][image][place]
+    said = names[label.item()]
+    boxes = torch.cat([found[0][image][place][None], found[3][image]])
+    captions = [f"{said} {score:.2f}", *(names[true] for true in found[4][image].tolist())]
     colors = [WRONG, *[RIGHT] * len(found[3][image])]
-    of_class = found[4][image] == found[1][image][detection]
-    overlap = find_jaccard_overlap(boxes[:1], found[3][image][of_class])[0].tolist()
-    best = max(overlap, default=0.0)
-    what = "a second one of its object" if best >= LOCALIZED else f"a poor box, overlap {best:.2f}"
-    what = f"is {truth}" if truth else what if best > 0.1 else "background"
+    own, other = _nearest(image, place, found)
+    best = max(find_jaccard_overlap(boxes[:1], boxes[1:][found[4][image] == label])[0].tolist(), default=0.0)
+    if own is not None:
+        what = "a second one of its object"
+    elif other is not None:
+        what = f"is {captions[1 + other]}"
+    else:
+        what = f"a poor box, overlap {best:.2f}" if best > 0.1 else "background"
     name = os.path.basename(dataset.images[image])
     return _thumbnail(image, boxes, captions, colors, dataset), f"{name}: {said} {score:.2f}; {what}"
 

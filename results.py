@@ -12,6 +12,7 @@ low, high = interval(bootstrap(make_evidence(curves), n=1000))
 import contextlib
 import io
 import os
+from collections import Counter
 
 import numpy as np
 from PIL import ExifTags
@@ -22,9 +23,19 @@ from utils import average_precision, open_image
 
 
 def image_names(paths):
-    """Return the names of images, as VOC has them: without folder and suffix; with both where they are not unique."""
+    """Return names of images, each another: as VOC has them, without folder and suffix, where that is possible.
+
+    Else they are paths from the folder that holds all; an image that comes again gets a number.
+    """
     names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
+    if len(set(names)) < len(set(paths)):
+        paths = [os.path.abspath(path) for path in paths]
+        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    times = Counter()
+    for place, name in enumerate(names):
+        times[name] += 1
+        names[place] = name if times[name] == 1 else f"{name} ({times[name]})"
+    return names
 
 
 def image_ids(names):
@@ -35,11 +46,11 @@ def image_ids(names):
 
 
 def image_sizes(paths):
-    """Return (width, height) of each image, upright; only the files' heads are read."""
+    """Return (width, height) of each image, upright."""
     sizes = []
     for path in paths:
         with open_image(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             sizes.append(image.size[::-1] if turned else image.size)
     return sizes
 
@@ -55,21 +66,34 @@ def pixel_boxes(boxes, size):
     return boxes.double().numpy() * (*size, *size)
 
 
+def name_voc_results(folder, names, label_map):
+    """Return label -> path of the file that VOC's evaluations read of a class, comp4_det_test_CLASS.txt.
+
+    :param names: of the images, as `image_names` gives them
+    :raises InputError: for a class that no file can be named after, and for images whose names these files cannot hold
+    """
+    with_spaces = [name for name in names if len(name.split()) != 1]
+    if with_spaces:
+        raise InputError(f"--voc-results: VOC's files cannot hold the image name {with_spaces[0]!r}; rename the image")
+    for name in label_map:
+        if os.sep in name or len(os.fsencode(name)) > 200:
+            raise InputError(f"--voc-results: no file can be named after the class {name!r}; rename the class")
+    return {label: os.path.join(folder, f"comp4_det_test_{name}.txt") for name, label in label_map.items() if label}
+
+
 def write_voc_results(folder, found, names, sizes, label_map):
-    """Write comp4_det_test_CLASS.txt for each class: image, score, box in 1-based pixels, as VOC's evaluations read it.
+    """Write a file for each class: image, score, box in 1-based pixels, as VOC's evaluations read it.
 
     :param names, sizes: of the images, as `image_names` and `image_sizes` give them
+    :raises InputError: as `name_voc_results` does
     """
+    paths = name_voc_results(folder, names, label_map)
     lines = {label: [] for label in label_map.values() if label}
     for boxes, labels, scores, name, size in zip(*found[:3], names, sizes, strict=True):
         for box, label, score in zip(pixel_boxes(boxes, size) + 1, labels.tolist(), scores.tolist(), strict=True):
             lines[label].append(f"{name} {score:.9g} {box[0]:.6f} {box[1]:.6f} {box[2]:.6f} {box[3]:.6f}\n")
     make_folder(folder)
-    files = {
-        os.path.join(folder, f"comp4_det_test_{name.replace(os.sep, '_')}.txt"): "".join(lines[label])
-        for name, label in label_map.items() if label
-    }  # fmt: skip
-    write_files(files)
+    write_files({path: "".join(lines[label]) for label, path in paths.items()})
 
 
 def coco_results(found, names, sizes):
@@ -94,6 +118,8 @@ def import_pycocotools():
 def coco_scores(found, names, sizes, label_map):
     """Return {"AP": ..., "AP50": ..., "AP75": ...} as pycocotools computes them; difficult objects count as crowds.
 
+    They are None where there is no object to be found.
+
     :raises InputError: where pycocotools is not installed
     """
     make_truth, make_evaluation = import_pycocotools()
@@ -108,16 +134,24 @@ def coco_scores(found, names, sizes, label_map):
         "categories": [{"id": label, "name": name} for name, label in label_map.items() if label],
         "annotations": annotations,
     }
+    keys = ("AP", "AP50", "AP75")
+    if all(annotation["iscrowd"] for annotation in annotations):
+        return dict.fromkeys(keys)
     detections = coco_results(found, names, sizes)
     if not detections:
-        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+        return dict.fromkeys(keys, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         evaluation = make_evaluation(truth, truth.loadRes(detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(("AP", "AP50", "AP75"), evaluation.stats[:3].tolist(), strict=True))
+    return dict(zip(keys, evaluation.stats[:3].tolist(), strict=True))
+
+
+def show_scores(scores):
+    """Return names and scores, None among them, as a text."""
+    return ", ".join(f"{name} {'none' if value is None else f'{value:.4f}'}" for name, value in scores.items())
 
 
 def summarize(curve):
@@ -186,9 +220,23 @@ def interval(values, share=0.95):
     return tuple(np.nanquantile(values, [(1 - share) / 2, (1 + share) / 2]).tolist())
 
 
-def read_results(path, names, evidence):
+def count_objects(objects, label_map):
+    """Return {class name: number of objects to be found in each image}, of the classes that have any.
+
+    :param objects: a dict per image with "labels" and "difficulties"
+    """
+    counts = {
+        name: [sum(pair == (label, 0) for pair in zip(o["labels"], o["difficulties"], strict=True)) for o in objects]
+        for name, label in label_map.items() if label
+    }  # fmt: skip
+    return {name: numbers for name, numbers in counts.items() if any(numbers)}
+
+
+def read_results(path, names, n_objects):
     """Return the 11-point mAP and the evidence of another evaluation's results, in this one's order of images.
 
+    :param names: of this evaluation's images, as `image_names` gives them
+    :param n_objects: what is to be found in them, as `count_objects` returns it
     :raises InputError: where the file is no such results, or of other images or classes
     """
     other = read_json(path, "give a file of eval.py --results")
@@ -206,9 +254,11 @@ def read_results(path, names, evidence):
         order[[places[name] for name in names]] = np.arange(len(names))
         for part in theirs.values():
             part["images"] = order[part["images"]]
-        same = len(places) == len(names) and theirs.keys() == evidence.keys()
-        same = same and all((theirs[name]["objects"] == part["objects"]).all() for name, part in evidence.items())
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if len(part["images"]) != len(part["right"]):
+                raise ValueError("lists that differ in length")
+        same = len(places) == len(names) and theirs.keys() == n_objects.keys()
+        same = same and all(theirs[name]["objects"].tolist() == counts for name, counts in n_objects.items())
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: no results of eval.py --results on the same images; give such a file") from error
     if not same:
         raise InputError(f"{path}: has other images, classes or objects; give results on the same data")

@@ -45,7 +45,7 @@ from devices import (
     rank,
     sum_over_processes,
 )
-from files import InputError, check_target, make_folder, run_command
+from files import InputError, check_targets, make_folder, run_command
 from model import SSD300, MultiBoxLoss
 from runs import Interval, Run, describe_run, fingerprint, import_tensorboard, show, train_step, validate
 
@@ -145,8 +145,8 @@ def parse_settings(arguments=None):
 
     if not settings.data_folder:
         raise InputError("no data: give --data-folder, or --sample for a small synthetic set")
-    if settings.weights_only:
-        check_target(settings.weights_only)
+    inputs = [path for path in (settings.base, settings.init_from, settings.resume) if path]
+    check_targets(settings.weights_only, inputs=inputs)
     if settings.tensorboard:
         import_tensorboard()
     if settings.validate_map and not settings.validate_every:

@@ -354,7 +354,7 @@ def calculate_mAP(
     label_map=label_map,
     method="11-point",
 ):
-    """Score detections as the Pascal VOC development kit does.
+    """Score detections as the Pascal VOC development kit does, except that its overlaps count both border pixels.
 
     :param det_boxes, det_labels, det_scores: lists of one tensor per image, (d, 4) xy, (d,), (d,)
     :param true_boxes, true_labels, true_difficulties: the same for the objects, (n, 4) xy, (n,), (n,);
@@ -378,6 +378,7 @@ class Curve(NamedTuple):
     scores: np.ndarray  # (d,) float64
     right: np.ndarray  # (d,) bool
     images: np.ndarray  # (d,) index of the detection's image
+    places: np.ndarray  # (d,) index of the detection in its image
     n_objects: np.ndarray  # (images,) number of objects to be found in each image
 
 
@@ -389,8 +390,12 @@ def precision_recall_curves(
     The parameters are those of `calculate_mAP`.
     """
     n_images = len(true_boxes)
+    if len(det_boxes) != n_images:
+        raise ValueError(f"{len(det_boxes)} images with detections, {n_images} with objects")
     det_image, det_boxes, det_labels, det_scores = _concatenate(det_boxes, det_labels, det_scores)
     true_image, true_boxes, true_labels, true_difficulties = _concatenate(true_boxes, true_labels, true_difficulties)
+    if not np.isin(np.append(det_labels, true_labels), list(label_map.values())).all():
+        raise ValueError("a detection or an object has a label that the label map does not have")
     overlap, object_index = _best_objects(
         det_image * len(label_map) + det_labels,
         det_boxes,
@@ -400,8 +405,9 @@ def precision_recall_curves(
 
     # Find the fate of each detection, best first: the first one of an object is right, later ones are wrong.
     order = np.argsort(-det_scores, kind="stable")
-    labels, object_index, det_image, det_scores = (
-        values[order] for values in (det_labels, object_index, det_image, det_scores)
+    places = np.arange(len(det_image)) - np.searchsorted(det_image, det_image)
+    labels, object_index, det_image, det_scores, places = (
+        values[order] for values in (det_labels, object_index, det_image, det_scores, places)
     )
     matches = overlap[order] >= MIN_TRUE_OVERLAP
     ignored = np.zeros_like(matches)
@@ -420,7 +426,8 @@ def precision_recall_curves(
         precision = true_positives / np.arange(1, len(true_positives) + 1)
         if n_objects.any():
             recall = true_positives / n_objects.sum()
-            curves[name] = Curve(precision, recall, det_scores[scored], right[scored], det_image[scored], n_objects)
+            of_class = (values[scored] for values in (det_scores, right, det_image, places))
+            curves[name] = Curve(precision, recall, *of_class, n_objects)
         else:
             curves[name] = None
     return curves

@@ -44,7 +44,7 @@ from devices import (
     sum_over_processes,
 )
 from eval import collect, detect_all, score
-from files import DivergenceError, InputError, check_target, make_folder, read_json, run_command, write_json
+from files import DivergenceError, InputError, check_targets, make_folder, read_json, run_command, write_json
 from model import MultiBoxLoss
 from results import coco_scores, image_names, image_sizes, import_pycocotools
 from runs import describe_run
@@ -365,7 +365,7 @@ def main():
         if arguments.compare_losses:
             settings = settings_of("torchvision", arguments.seeds[0], "--iterations", str(arguments.compare_losses))
             path = os.path.join(folder, "losses.json")
-            check_target(path)
+            check_targets(path)
             rows = compare_losses(settings)
             print_losses(rows)
             write_json({path: rows})

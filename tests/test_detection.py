@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +66,21 @@ def test_boxes_of_different_classes_do_not_suppress_each_other():
     kept, labels, _ = _non_maximum_suppression(boxes, torch.tensor([[0.9, 0.0], [0.0, 0.8]]), 0.1, 0.45, 10)
     assert len(kept) == 2
     assert labels.tolist() == [1, 2]
+    boxes[1] -= 1  # and would lie on the first if classes were kept apart by too little
+    assert len(_non_maximum_suppression(boxes, torch.tensor([[0.9, 0.0], [0.0, 0.8]]), 0.1, 0.45, 10)[0]) == 2
+
+
+def test_of_equal_scores_the_first_priors_win():
+    """As in the loop, also where more are equal than are taken at first."""
+    low = torch.rand(3000, 2, generator=torch.Generator().manual_seed(0))
+    boxes = torch.cat([low, low + 0.3], dim=1)
+    kept, expected = _non_maximum_suppression(boxes, torch.full((3000, 1), 0.5), 0.1, 0.45, 5)[0], []
+    for box in boxes:
+        if all(torchvision.ops.box_iou(box[None], other[None]) <= 0.45 for other in expected):
+            expected.append(box)
+        if len(expected) == 5:
+            break
+    assert torch.equal(kept, torch.stack(expected))
 
 
 @pytest.mark.parametrize("min_score", [1.0, 0.999])
@@ -76,13 +92,13 @@ def test_nothing_found_is_empty_tensors(model, min_score):
     assert labels[0].dtype == torch.long
 
 
-def test_predictions_that_are_not_finite_break_nothing(model):
+def test_predictions_that_are_not_finite_are_no_detections(model):
     locs, scores = torch.zeros(1, 8732, 4), torch.zeros(1, 8732, 21)
-    locs[0, 0], scores[0, 1] = 1e6, float("nan")
-    scores[0, 0, 3] = 10
+    locs[0, 0], locs[0, 1, 2], scores[0, 2] = 1e6, float("nan"), float("nan")
+    scores[0, :4, 3] = 10
     boxes, labels, _ = model.detect_objects(locs, scores, 0.2, 0.45, 200)
     assert labels[0].tolist() == [3]
-    assert boxes[0].shape == (1, 4)
+    assert torch.allclose(boxes[0], cxcy_to_xy(model.priors_cxcy[3:4]))
 
 
 def test_a_prior_without_offset_is_its_own_box(model):

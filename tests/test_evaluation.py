@@ -1,5 +1,6 @@
 """What an evaluation gives to others: files, scores by other rules, tables, intervals, a page."""
 
+import argparse
 import json
 import sys
 
@@ -10,21 +11,24 @@ from PIL import Image
 
 import eval as eval_script
 from files import InputError
-from report import find_mistakes, write_report
+from report import _false_detection, find_mistakes, write_report
 from results import (
     bootstrap,
     coco_results,
     coco_scores,
+    count_objects,
     image_ids,
     image_names,
     image_sizes,
     interval,
     make_evidence,
+    name_voc_results,
     read_results,
+    show_scores,
     summarize,
     write_voc_results,
 )
-from utils import calculate_mAP, precision_recall_curves
+from utils import calculate_mAP, precision_recall_curves, read_image
 from voc import make_label_map
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])
@@ -61,10 +65,19 @@ def pictures(tmp_path):
 
 def test_images_are_named_and_numbered_as_others_do(pictures):
     assert image_names(pictures)[:2] == ["000000", "000001"]
-    assert image_names(["/a/1.jpg", "/b/1.jpg"]) == ["/a/1.jpg", "/b/1.jpg"]
+    assert image_names(["/x/a/1.jpg", "/x/b/1.jpg"]) == ["a/1.jpg", "b/1.jpg"]
+    assert image_names(["/x/1.jpg", "/x/2.jpg", "/x/1.jpg"]) == ["1", "2", "1 (2)"]
     assert image_ids(["000007", "12"]) == [7, 12]
     assert image_ids(["7", "007"]) == image_ids(["a", "7"]) == [1, 2]
     assert image_sizes(pictures)[2:4] == [(62, 40), (40, 63)]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_sizes_are_those_of_the_images_that_are_looked_at(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    assert image_sizes([tmp_path / "a.jpg"]) == [read_image(tmp_path / "a.jpg").size]
 
 
 def test_voc_files_read_back_give_the_same_map(random_objects, pictures, tmp_path):
@@ -94,6 +107,16 @@ def test_voc_files_read_back_give_the_same_map(random_objects, pictures, tmp_pat
         assert 0.1 < ours[1] < 0.9
 
 
+@pytest.mark.parametrize(
+    ("image", "name", "message"),
+    [("my photo", "cat", "image name 'my photo'"), ("a", "b/c", "class 'b/c'"), ("a", "é" * 101, "class 'é")],
+)
+def test_names_that_voc_files_cannot_have_are_refused(image, name, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        name_voc_results(tmp_path, [image], make_label_map([name]))
+    assert name_voc_results("x", ["b/1"], make_label_map(["c"])) == {1: "x/comp4_det_test_c.txt"}
+
+
 def test_names_of_images_may_be_of_any_encoding(random_objects, pictures, tmp_path):
     found = random_found(random_objects, 0)
     names = [f"caf\udce9{number}" for number in range(12)]
@@ -119,6 +142,8 @@ def test_coco_scores_are_those_of_arithmetic_by_hand():
     assert scores == {"AP": pytest.approx(0.3), "AP50": pytest.approx(1), "AP75": pytest.approx(0)}
     nothing = [torch.zeros(0, 4)], [torch.zeros(0)], [torch.zeros(0)]
     assert coco_scores((*nothing, *found[3:]), ["a"], [(100, 100)], CLASSES)["AP"] == 0
+    none = coco_scores((*found[:5], [torch.tensor([1, 1])]), ["a"], [(100, 100)], CLASSES)
+    assert show_scores(none) == "AP none, AP50 none, AP75 none"
 
 
 def test_a_class_is_summarized_at_its_best_f1():
@@ -167,22 +192,65 @@ def test_two_evaluations_are_compared_on_the_same_images(random_objects, tmp_pat
     contents = {**results, "image_names": [names[index] for index in order], "evidence": make_evidence(curves)}
     path.write_text(json.dumps(contents))
     evidence = make_evidence(eval_script.score(found, CLASSES)[1])
-    mean, theirs = read_results(path, names, evidence)
+    objects = [
+        {"labels": labels.tolist(), "difficulties": flags.tolist()} for labels, flags in zip(*found[4:], strict=True)
+    ]
+    n_objects = count_objects(objects, CLASSES)
+    assert n_objects == {name: part["objects"] for name, part in evidence.items()}
+    mean, theirs = read_results(path, names, n_objects)
     assert mean == pytest.approx(calculate_mAP(*other, label_map=CLASSES)[1])
     expected = make_evidence(eval_script.score(other, CLASSES)[1])
     assert np.allclose(bootstrap(theirs, n=9), bootstrap(expected, n=9))
-    for broken in ({}, [], {**contents, "image_names": names[:-1]}, {**contents, "evidence": {}}):
+    cat = contents["evidence"]["cat"]
+    wrong = ({"right": cat["right"][:-1]}, {"images": [10**30]}, {"images": [99] * len(cat["images"])},
+             {"objects": cat["objects"][::-1]})  # fmt: skip
+    wrong = [{**contents, "evidence": {**contents["evidence"], "cat": cat | part}} for part in wrong]
+    for broken in ({}, [], {**contents, "image_names": names[:-1]}, {**contents, "evidence": {}}, *wrong):
         path.write_text(json.dumps(broken))
         with pytest.raises(InputError, match=str(path)):
-            read_results(path, names, evidence)
+            read_results(path, names, n_objects)
     path.write_text("{")
     with pytest.raises(InputError, match=f"{path}.*give a file of eval.py --results"):
-        read_results(path, names, evidence)
+        read_results(path, names, n_objects)
     with pytest.raises(InputError, match="nowhere.json: no such file"):
         eval_script.parse_arguments(["--data-folder", "d", "--against", "nowhere.json"])
 
 
-def test_mistakes_are_sorted_out_by_what_they_are():
+def test_a_difference_is_more_than_chance_where_its_interval_excludes_0(capsys):
+    def evidence(right):
+        return {"cat": {"images": list(range(40)), "right": right, "objects": [1] * 40}}
+
+    good, poor = evidence([1] * 40), evidence([1, 0, 0, 0] * 10)
+    settings = argparse.Namespace(bootstrap=200, against="other.json")
+    pairs = (good, poor, 1, "is more"), (poor, good, -1, "is more"), (good, good, 0, "may be")
+    for ours, other, sign, verdict in pairs:
+        means = [bootstrap(part, n=1)[0, 0] for part in (ours, other)]
+        result = eval_script.print_significance({"mAP_11_point": means[0]}, ours, settings, (means[1], other))
+        low, high = result["difference_interval"]
+        assert result["difference"] == means[0] - means[1]
+        assert (low > 0, high < 0) == (sign > 0, sign < 0)
+        assert f"it {verdict}" in capsys.readouterr().out
+    assert low == high == 0
+
+
+def test_what_cannot_be_written_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for flag in ("--results", "--detections"):
+        for path in (tmp_path, tmp_path / "nowhere" / "x.json", "model.pth", "d/TEST_objects.json", "/dev/null"):
+            with pytest.raises(InputError, match=f"^{path}: "):
+                eval_script.parse_arguments(["--data-folder", "d", "--checkpoint", "model.pth", flag, str(path)])
+    for flag in ("--report", "--voc-results"):
+        for path in (tmp_path / "file", tmp_path / "file" / "x"):
+            with pytest.raises(InputError, match=f"^{path}: "):
+                eval_script.parse_arguments(["--data-folder", "d", flag, str(path)])
+    both = str(tmp_path / "x.json")
+    with pytest.raises(InputError, match=both):
+        eval_script.parse_arguments(["--data-folder", "d", "--results", both, "--detections", both])
+    eval_script.parse_arguments(["--data-folder", "d", "--results", both, "--report", str(tmp_path / "new" / "one")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_mistakes_are_sorted_out_by_what_they_are(pictures):
     left, right, low = [0.0, 0.0, 0.4, 0.4], [0.6, 0.0, 1.0, 0.4], [0.0, 0.6, 0.3, 0.9]
     found = (
         [torch.tensor([left, left, right, [0.6, 0.6, 0.9, 0.9]])], [torch.tensor([1, 1, 1, 2])],
@@ -192,11 +260,28 @@ def test_mistakes_are_sorted_out_by_what_they_are():
     curves = precision_recall_curves(*found, label_map=CLASSES)
     curves = {name: curve and curve._replace(scores=np.minimum(curve.scores, 0.1)) for name, curve in curves.items()}
     mistakes, misses, confusions = find_mistakes(curves, found, CLASSES)
-    assert [(index, truth) for _, _, index, truth in mistakes] == [(1, None), (2, "<dog>"), (3, None)]
+    dataset = type("Data", (), {"images": pictures, "label_map": CLASSES})
+    described = [_false_detection(*mistake, found, dataset)[1].partition("; ")[2] for mistake in mistakes]
+    assert [place for _, _, place in mistakes] == [1, 2, 3]
+    assert described == ["a second one of its object", "is <dog>", "background"]
     assert [index for _, _, index in misses] == [1, 2]
     assert confusions == {
         ("cat", "cat"): 1, (None, "cat"): 1, ("<dog>", "cat"): 1, (None, "<dog>"): 1, ("cow", None): 1
     }  # fmt: skip
+
+
+def test_only_what_counts_is_a_mistake():
+    """A difficult cat is found, a cow where none is, and a dog below the score of its class' best F1."""
+    box, other = [0.0, 0.0, 0.4, 0.4], [0.6, 0.6, 1.0, 1.0]
+    found = (
+        [torch.tensor([box, other, other, box])], [torch.tensor([1, 3, 2, 2])], [torch.tensor([0.9, 0.8, 0.7, 0.6])],
+        [torch.tensor([box, other])], [torch.tensor([1, 2])], [torch.tensor([1, 0])],
+    )  # fmt: skip
+    curves = precision_recall_curves(*found, label_map=CLASSES)
+    mistakes, misses, confusions = find_mistakes(curves, found, CLASSES)
+    assert mistakes == [(pytest.approx(0.8), 0, 1), (pytest.approx(0.6), 0, 3)]
+    assert misses == []
+    assert confusions == {("<dog>", "<dog>"): 1}
 
 
 def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path):

@@ -1,6 +1,7 @@
 """Detection as people use it: many pictures, legible labels, explanations, the exported network."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_pictures_in_batches_give_what_each_gives_alone(model, photos):
         (["a.jpg", "--export", "x.onnx"], "give pictures or folders"),
         (["a.jpg", "b.jpg", "--output", "x.jpg"], "--output is for one picture"),
         (["a.jpg", "b.jpg", "--explain"], "--explain is for one picture"),
+        (["a.jpg", "--explain", "--json", "x"], "--explain and --json do not go together"),
         (["."], "no pictures in this folder"),
         (["a.jpg", "--output", "x.gif"], "give an --output that ends in"),
         (["a.jpg", "--json", "nowhere/x"], "nowhere"),
@@ -108,8 +110,41 @@ def test_copies_of_the_same_name_do_not_replace_each_other(tmp_path):
     settings = parse_arguments(["x/a.jpg", "y/a.jpg", "y/A.jpg", "z/a.heic", "--output-folder", str(tmp_path)])
     names = [Path(path).name for path in script._name_copies(settings).values()]
     assert names == ["a.jpg", "a_2.jpg", "A_3.jpg", "a_4.jpg"]
-    with pytest.raises(InputError, match="is the picture itself"):
-        script._name_copies(parse_arguments([f"{tmp_path}/a.jpg", "b.jpg", "--output-folder", str(tmp_path)]))
+    with pytest.raises(InputError, match=f"{tmp_path}/a.jpg: is one of the pictures"):
+        parse_arguments([f"{tmp_path}/a.jpg", "b.jpg", "--output-folder", str(tmp_path)])
+    with pytest.raises(InputError, match=f"{tmp_path}/a.jpg: is one of the pictures"):
+        parse_arguments(["x/a.jpg", f"{tmp_path}/a.jpg", "--output-folder", str(tmp_path)])
+
+
+def test_no_file_is_written_over_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, path in (
+        (["a.jpg", "--output", "a.jpg"], "a.jpg"), (["a.jpg", "--json", "./a.jpg"], "./a.jpg"),
+        (["a.jpg", "--json", "m.pth", "--checkpoint", "m.pth"], "m.pth"),
+        (["a.jpg", "--output", "b.jpg", "--json", "b.jpg"], "b.jpg"), (["--export", "m", "--checkpoint", "m"], "m"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"^{path}: is read, or written for something else"):
+            parse_arguments(arguments)
+
+
+def test_a_copy_that_cannot_be_written_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
+    model = SSD300(3, pretrained=False)
+    model.label_map = make_label_map(["cat", "dog"])
+    monkeypatch.setattr(model, "forward", lambda images: [torch.zeros(len(images), 8732, n) for n in (4, 3)])
+    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    for name in "abc":
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{name}.jpg")
+    (tmp_path / "found" / "b.jpg").mkdir(parents=True)  # where the copy would go
+    folder = str(tmp_path / "found")
+    monkeypatch.setattr(sys, "argv", ["detect.py", str(tmp_path), "--output-folder", folder, "--json",
+                                      str(tmp_path / "found.json")])  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 1
+    assert f"error: {tmp_path}/found/b.jpg: cannot be written (Is a directory)" in capsys.readouterr().err
+    records = [json.loads(line) for line in (tmp_path / "found.json").read_text().splitlines()]
+    assert ["error" in record for record in records] == [False, True, False]
+    assert sorted(os.listdir(folder)) == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 @pytest.mark.parametrize(

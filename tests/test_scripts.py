@@ -18,7 +18,7 @@ from datasets import PascalVOCDataset
 from detect import annotate, detect, find_objects
 from files import InputError
 from utils import transform
-from voc import label_color_map, make_label_map
+from voc import label_color_map, label_map, make_label_map
 
 MODULES = (
     "model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists", "devices", "runs",
@@ -358,7 +358,20 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
     assert isinstance(seen["data"], PascalVOCDataset)
 
 
-def test_detect_maps_boxes_to_pixels_and_suppresses_classes():
+def test_suppressed_classes_take_no_places_and_leave_the_other_scores(model, monkeypatch):
+    scores = torch.zeros(1, 8732, 21)
+    scores[0, 0, 1], scores[0, 5000, 2] = 8, 7
+    monkeypatch.setattr(model, "forward", lambda images: (torch.zeros(1, 8732, 4), scores.clone()))
+    monkeypatch.setattr(model, "label_map", label_map)
+    image = Image.new("RGB", (200, 100))
+    every = find_objects(image, model, 0.2, 0.45, 200)
+    assert [name for name, *_ in every] == ["aeroplane", "bicycle"]
+    ((name, score, box),) = find_objects(image, model, 0.2, 0.45, 1, suppress=["aeroplane"])
+    assert (name, pytest.approx(score), box) == every[1]
+    assert len(find_objects(image, model, 0.2, 0.45, 1)) == 1
+
+
+def test_detect_maps_boxes_to_pixels():
     label_map = make_label_map(["cat", "dog"])
     found = torch.tensor([[0.25, 0.5, 0.75, 1.2], [0, 0, 0.5, 0.5]]), torch.tensor([1, 2]), torch.tensor([0.9, 0.8])
     oracle = Oracle(label_map, found)
@@ -367,7 +380,6 @@ def test_detect_maps_boxes_to_pixels_and_suppresses_classes():
     assert objects == [("cat", pytest.approx(0.9), [50, 50, 150, 100]), ("dog", pytest.approx(0.8), [0, 0, 100, 50])]
     nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
     assert torch.equal(oracle.images[0], transform(image, *nothing, "TEST")[0])  # one preprocessing
-    assert [name for name, _, _ in find_objects(image, oracle, 0.2, 0.5, 200, ["cat"])] == ["dog"]
     before = image.tobytes()
     picture = detect(image, 0.2, 0.5, 200, model=oracle)
     assert (picture.mode, picture.size) == ("RGB", (200, 100))
