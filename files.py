@@ -6,6 +6,7 @@ if __name__ == "__main__":
     run_command(main)
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -68,7 +69,8 @@ def atomic_writer(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, temporary):
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        if is_full or error.filename == temporary:
             error.filename = path
         raise
     finally:
