@@ -110,12 +110,12 @@ def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=
 
 
 def find_labels(names, label_map):
-    """Return the labels of classes to leave out; InputError for a name that a label map does not have."""
+    """Return the labels of class names, each once; InputError for a name that a label map does not have."""
     unknown = [name for name in names or () if label_map.get(name, 0) == 0]
     if unknown:
         known = ", ".join(name for name, index in label_map.items() if index != 0)
         raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {known}")
-    return [label_map[name] for name in names or ()]
+    return sorted({label_map[name] for name in names or ()})
 
 
 def _predict(model, images, suppressed):
@@ -342,6 +342,8 @@ def main():
                 try:
                     _save(annotate(read_image(path), objects, colors), copies[path])
                 except InputError as failure:
+                    if settings.output:
+                        raise
                     error, copy = str(failure), "no annotated copy"
                 tqdm.write(f"{path}, {size[0]} x {size[1]}: {len(objects)} objects; {copy}")
                 for name, score, box in objects:

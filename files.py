@@ -65,8 +65,7 @@ def atomic_writer(path):
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
         os.replace(temporary, path)
     except OSError as error:
         is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -76,6 +75,12 @@ def atomic_writer(path):
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def _flush(file):
+    """Have a file on the disk whole, or raise OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def make_folder(path):
@@ -143,6 +148,7 @@ def write_json(files):
                 file.write(b"]")
             else:
                 file.write(encode_json(value))
+            _flush(file)
 
 
 def encode_json(value):
@@ -158,4 +164,6 @@ def write_files(files):
     with ExitStack() as all_or_none:
         for path, text in files.items():
             # Names of files in another encoding keep their bytes.
-            all_or_none.enter_context(atomic_writer(path)).write(text.encode("utf-8", "surrogateescape"))
+            file = all_or_none.enter_context(atomic_writer(path))
+            file.write(text.encode("utf-8", "surrogateescape"))
+            _flush(file)

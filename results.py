@@ -11,8 +11,8 @@ low, high = interval(bootstrap(make_evidence(curves), n=1000))
 
 import contextlib
 import io
+import itertools
 import os
-from collections import Counter
 
 import numpy as np
 from PIL import ExifTags
@@ -31,11 +31,11 @@ def image_names(paths):
     if len(set(names)) < len(set(paths)):
         paths = [os.path.abspath(path) for path in paths]
         names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-    times = Counter()
-    for place, name in enumerate(names):
-        times[name] += 1
-        names[place] = name if times[name] == 1 else f"{name} ({times[name]})"
-    return names
+    unique = {}  # in order
+    for name in names:
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        unique[next(new for new in itertools.chain([name], numbered) if new not in unique)] = None
+    return list(unique)
 
 
 def image_ids(names):
@@ -76,7 +76,7 @@ def name_voc_results(folder, names, label_map):
     if with_spaces:
         raise InputError(f"--voc-results: VOC's files cannot hold the image name {with_spaces[0]!r}; rename the image")
     for name in label_map:
-        if os.sep in name or len(os.fsencode(name)) > 200:
+        if os.sep in name or not name.isprintable() or len(name.encode()) > 200:
             raise InputError(f"--voc-results: no file can be named after the class {name!r}; rename the class")
     return {label: os.path.join(folder, f"comp4_det_test_{name}.txt") for name, label in label_map.items() if label}
 

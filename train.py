@@ -49,6 +49,8 @@ from files import InputError, check_targets, make_folder, run_command
 from model import SSD300, MultiBoxLoss
 from runs import Interval, Run, describe_run, fingerprint, import_tensorboard, show, train_step, validate
 
+RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl")  # in the output folder
+
 # What --sample changes. On a CPU just enough to see the loss fall within minutes, on a GPU to detect well.
 SAMPLE = {
     "data_folder": "data/sample",
@@ -145,8 +147,9 @@ def parse_settings(arguments=None):
 
     if not settings.data_folder:
         raise InputError("no data: give --data-folder, or --sample for a small synthetic set")
-    inputs = [path for path in (settings.base, settings.init_from, settings.resume) if path]
-    check_targets(settings.weights_only, inputs=inputs)
+    kept = [settings.base, settings.init_from, settings.resume]
+    kept += [os.path.join(settings.output_folder, name) for name in RUN_FILES]
+    check_targets(settings.weights_only, inputs=filter(None, kept))
     if settings.tensorboard:
         import_tensorboard()
     if settings.validate_map and not settings.validate_every:
@@ -289,7 +292,7 @@ def train(settings):
         make_folder(settings.output_folder)
         if not settings.resume and os.path.exists(run.path("best.pth")):  # an earlier run's
             os.remove(run.path("best.pth"))
-        for name in ("checkpoint.pth", "best.pth", "log.jsonl"):
+        for name in RUN_FILES:
             for half_written in glob.glob(f"{glob.escape(run.path(name))}.*.tmp"):  # when an earlier run was killed
                 os.remove(half_written)
         description = describe_run(settings, run.model, precision)

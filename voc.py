@@ -83,11 +83,11 @@ def label_color_map(label_map):
     tones = [(saturation, value) for value in (1, 0.65) for saturation in (1, 0.5)]
     colors = 255 * np.array([colorsys.hsv_to_rgb(hue / 72, *tone) for tone in tones for hue in range(72)])
     apart, chosen = np.full(len(colors), np.inf), []
-    for _ in label_map:
+    for _ in range(min(len(label_map), len(colors))):
         chosen.append(tuple(colors[apart.argmax()].round().astype(int).tolist()))
         # The eye tells greens apart best, then blues, then reds, as far as a weighted distance can say it.
         apart = np.minimum(apart, ((colors - colors[apart.argmax()]) ** 2 @ (2, 4, 3)))
-    return {name: chosen[index] for name, index in label_map.items()}
+    return {name: chosen[index % len(chosen)] for name, index in label_map.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------

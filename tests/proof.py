@@ -5,22 +5,23 @@ python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --s
 python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --compare-losses 200
 torchrun --nproc-per-node=4 tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --systems ours
 
-Takes the settings of train.py, too: --iterations 8 --batch-size 2 --test-images 8 tries everything out. A training that
-is in the output folder already is not done again, so an interrupted proof goes on with the same command.
+--iterations 8 --batch-size 2 --test-images 8 tries everything out. A training that is in the output folder already is
+not done again, so an interrupted proof goes on with the same command.
 """
 
 import argparse
 import gc
-import glob
-import itertools
 import math
 import os
+import re
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torchvision
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import ssd300_vgg16
 from tqdm import tqdm
@@ -47,7 +48,7 @@ from eval import collect, detect_all, score
 from files import DivergenceError, InputError, check_targets, make_folder, read_json, run_command, write_json
 from model import MultiBoxLoss
 from results import coco_scores, image_names, image_sizes, import_pycocotools
-from runs import describe_run
+from runs import describe_run, fingerprint
 from utils import IMAGENET_MEAN, IMAGENET_STD
 
 # From scratch, for some minutes of a large GPU.
@@ -70,15 +71,20 @@ FIGURES = {  # in the files: (heading, factor and digits to print)
     "images_per_second": ("images/s", 1, 1),
     "peak_memory": ("peak memory, GiB", 2**-30, 2),
 }
-OWN_SETTINGS = ("output_folder", "seed", "precision", "compile")  # may differ between trainings that are compared
+# Settings of train.py that may be given; and those that may differ between trainings that are compared.
+PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum", "--weight-decay", "--warmup",
+             "--grad-clip", "--no-augmentation", "--workers")  # fmt: skip
+OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile")
 SIDE = 300  # pixels
+TORCHVISION_MEAN, TORCHVISION_STD = (0.48235, 0.45882, 0.40784), 1 / 255  # of its input, RGB in 0-1
 
 
 def parse_arguments(arguments=None):
-    """Return the command line's settings, and what is left for train.py."""
+    """Return the command line's settings, and those for train.py."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog=f"Of train.py's settings it takes {', '.join(PASSED_ON)}.",
+    )  # fmt: skip
     add = parser.add_argument
     add("root", help="folder in VOC's layout with splits trainval and test")
     add("--output-folder", required=True, help="gets the lists, a folder and a JSON file for each training, proof.json")
@@ -88,19 +94,23 @@ def parse_arguments(arguments=None):
     add("--test-images", type=int, metavar="N", help="evaluate on the first N only")
     add("--compare-losses", type=int, metavar="N",
         help="instead, train both side by side for N iterations in fp32 from the same weights")  # fmt: skip
-    return parser.parse_known_args(arguments)
+    settings, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("--") and word.partition("=")[0] not in PASSED_ON:
+            parser.error(f"{word}: not of those that are passed on to train.py, {', '.join(PASSED_ON)}")
+    if settings.compare_losses is not None and settings.compare_losses < 1:
+        parser.error("--compare-losses: must be 1 or more")
+    return settings, rest
 
 
 def make_torchvision(label_map):
     """Return torchvision's network, as it is, for these classes and for ImageNet-normalised images."""
-    defaults = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).transform
-    mean, std, own_mean, own_std = (
-        torch.tensor(values, dtype=torch.float64)
-        for values in (IMAGENET_MEAN, IMAGENET_STD, defaults.image_mean, defaults.image_std)
+    mean, std, own_mean = (
+        torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD, TORCHVISION_MEAN)
     )
     model = ssd300_vgg16(
         weights=None, weights_backbone=None, num_classes=len(label_map),
-        image_mean=((own_mean - mean) / std).tolist(), image_std=(own_std / std).tolist(),
+        image_mean=((own_mean - mean) / std).tolist(), image_std=(TORCHVISION_STD / std).tolist(),
     )  # fmt: skip
     model.label_map = label_map
     return model
@@ -134,8 +144,6 @@ def batches_of(settings, dataset, device):
 
 def train_torchvision(settings):
     """Train torchvision's network on the batches of train.py, by its optimizer and schedule; return it."""
-    if n_processes() > 1:
-        raise InputError("torchvision's network trains in one process here; give --systems ours to torchrun")
     device = find_device()
     choose_precision(settings.precision, device)
     torch.backends.cudnn.allow_tf32 = True
@@ -222,8 +230,10 @@ def prove(system, settings, arguments):
 def conditions(settings, arguments):
     """Return what trainings must have in common to be compared."""
     common = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
-    return {**common, "root": os.path.abspath(arguments.root), "zero_based": arguments.zero_based,
-            "test_images": arguments.test_images, "hardware": name_hardware()}  # fmt: skip
+    return {
+        **common, "data": fingerprint(train.training_set(settings)), "test_images": arguments.test_images,
+        "hardware": name_hardware(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+    }  # fmt: skip
 
 
 def read_runs(folder, expected):
@@ -232,7 +242,10 @@ def read_runs(folder, expected):
     :raises InputError: naming the file, where one took place in other conditions
     """
     runs = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*-*.json"))):
+    for name in sorted(os.listdir(folder)):
+        if not re.fullmatch(rf"({'|'.join(SYSTEMS)})(-\d+-processes)?-\d+\.json", name):
+            continue
+        path = os.path.join(folder, name)
         runs[path] = read_json(path, "remove it")
         differing = [name for name, value in expected.items() if runs[path]["conditions"].get(name) != value]
         if differing:
@@ -300,13 +313,16 @@ def print_losses(rows):
     print(f"\n{'':9} {'':12} {'ours, given its matches':>28} {'images matched':>16} {'ours':>28}")
     columns = f"{'loss':>12} {'off by at most':>15}"
     print(f"{'iteration':>9} {'torchvision':>12} {columns} {'otherwise, all':>16} {columns}")
-    worst, n_other = {"same_matches": 0.0, "ours": 0.0}, 0
+    worst, n_other, differences = {"same_matches": 0.0, "ours": 0.0}, 0, []
     for number, row in enumerate(rows, start=1):
-        worst = {name: max(most, abs(row[name] / row["torchvision"] - 1)) for name, most in worst.items()}
+        off = {name: abs(row[name] - row["torchvision"]) / (row["torchvision"] or 1) for name in worst}
+        worst = {name: max(most, off[name]) for name, most in worst.items()}
+        differences.append(off["ours"])
         n_other += row["matched_otherwise"]
         if number in (1, 2, 5, 10, 20, 50) or number % 100 == 0 or number == len(rows):
             given, own = (f"{row[name]:12.6f} {most:15.1e}" for name, most in worst.items())
             print(f"{number:9} {row['torchvision']:12.6f} {given} {n_other:16} {own}")
+    print(f"median of all {len(rows)} differences of ours: {statistics.median(differences):.1e}")
 
 
 def summarize(runs):
@@ -348,19 +364,22 @@ def main():
     import_pycocotools()
     join_processes()
     try:
+        if n_processes() > 1 and (arguments.compare_losses or any("torchvision" in name for name in arguments.systems)):
+            raise InputError("torchvision's network trains in one process here; give --systems ours to torchrun")
         if rank() == 0:
             make_folder(folder)
             lists = ["--train", arguments.root, "--test", arguments.root, "--labels", "auto", "--output-folder", folder]
             lists += ["--zero-based"] * arguments.zero_based
             create_data_lists.make_lists(create_data_lists.parse_arguments(lists))
         sum_over_processes(torch.zeros(1))  # wait for it
-
         several = f"-{n_processes()}-processes" if n_processes() > 1 else ""
 
         def settings_of(system, seed, *more):
             name = os.path.join(folder, f"{system}{several}-{seed}")
             given = ["--data-folder", folder, "--output-folder", name, "--overwrite", "--seed", str(seed)]
-            return train.parse_settings([*RECIPE.split(), *SYSTEMS[system].split(), *given, *rest, *more])
+            settings = train.parse_settings([*RECIPE.split(), *rest, *SYSTEMS[system].split(), *given, *more])
+            choose_precision(settings.precision, find_device())  # refuses what cannot be
+            return settings
 
         if arguments.compare_losses:
             settings = settings_of("torchvision", arguments.seeds[0], "--iterations", str(arguments.compare_losses))
@@ -370,18 +389,19 @@ def main():
             print_losses(rows)
             write_json({path: rows})
             return
-        done = read_runs(folder, conditions(settings_of("ours", 0), arguments))
-        for seed, system in itertools.product(arguments.seeds, arguments.systems):
-            settings = settings_of(system, seed)
+        plan = [(system, settings_of(system, seed)) for seed in arguments.seeds for system in arguments.systems]
+        done = read_runs(folder, conditions(plan[0][1], arguments))
+        for system, settings in plan:
             path = f"{settings.output_folder}.json"
             if path in done:
                 continue
             if rank() == 0:
-                print(f"\n{system}, seed {seed}", flush=True)
+                print(f"\n{system}, seed {settings.seed}", flush=True)
             result = prove(system + several, settings, arguments)
             if rank() == 0:
                 done[path] = result
                 write_json({path: result})
+            sum_over_processes(torch.zeros(1))
         if rank() == 0:
             runs = list(done.values())
             summary = summarize(runs)

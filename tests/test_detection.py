@@ -70,8 +70,10 @@ def test_boxes_of_different_classes_do_not_suppress_each_other():
     assert len(_non_maximum_suppression(boxes, torch.tensor([[0.9, 0.0], [0.0, 0.8]]), 0.1, 0.45, 10)[0]) == 2
 
 
-def test_of_equal_scores_the_first_priors_win():
+def test_of_equal_scores_the_first_priors_win_at_bounded_cost(monkeypatch):
     """As in the loop, also where more are equal than are taken at first."""
+    taken, nms = [], torchvision.ops.nms
+    monkeypatch.setattr(torchvision.ops, "nms", lambda boxes, *rest: taken.append(len(boxes)) or nms(boxes, *rest))
     low = torch.rand(3000, 2, generator=torch.Generator().manual_seed(0))
     boxes = torch.cat([low, low + 0.3], dim=1)
     kept, expected = _non_maximum_suppression(boxes, torch.full((3000, 1), 0.5), 0.1, 0.45, 5)[0], []
@@ -81,6 +83,7 @@ def test_of_equal_scores_the_first_priors_win():
         if len(expected) == 5:
             break
     assert torch.equal(kept, torch.stack(expected))
+    assert taken == [20]
 
 
 @pytest.mark.parametrize("min_score", [1.0, 0.999])

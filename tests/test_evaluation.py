@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 import numpy as np
@@ -66,7 +67,7 @@ def pictures(tmp_path):
 def test_images_are_named_and_numbered_as_others_do(pictures):
     assert image_names(pictures)[:2] == ["000000", "000001"]
     assert image_names(["/x/a/1.jpg", "/x/b/1.jpg"]) == ["a/1.jpg", "b/1.jpg"]
-    assert image_names(["/x/1.jpg", "/x/2.jpg", "/x/1.jpg"]) == ["1", "2", "1 (2)"]
+    assert image_names(["/x/1.jpg", "/x/1 (2).jpg", "/x/1.jpg"]) == ["1", "1 (2)", "1 (3)"]
     assert image_ids(["000007", "12"]) == [7, 12]
     assert image_ids(["7", "007"]) == image_ids(["a", "7"]) == [1, 2]
     assert image_sizes(pictures)[2:4] == [(62, 40), (40, 63)]
@@ -109,7 +110,13 @@ def test_voc_files_read_back_give_the_same_map(random_objects, pictures, tmp_pat
 
 @pytest.mark.parametrize(
     ("image", "name", "message"),
-    [("my photo", "cat", "image name 'my photo'"), ("a", "b/c", "class 'b/c'"), ("a", "é" * 101, "class 'é")],
+    [
+        ("my photo", "cat", "image name 'my photo'"),
+        ("a", "b/c", "class 'b/c'"),
+        ("a", "é" * 101, "class 'é"),
+        ("a", "b\ud800", "class 'b"),
+        ("a", "b\0", "class 'b"),
+    ],
 )
 def test_names_that_voc_files_cannot_have_are_refused(image, name, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -288,7 +295,12 @@ def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path)
     found = random_found(random_objects, 3)
     results, curves = eval_script.score(found, CLASSES)
     results |= {"checkpoint": "<x>.pth", "data_folder": "d", "images": 12, "device": "CPU", "precision": "fp32"}
-    dataset = type("Data", (), {"images": pictures, "label_map": CLASSES})
+    results["significance"] = {"mAP_interval": (0.1, 0.2), "against": "<o>.json", "difference": 0.25,
+                               "difference_interval": (-0.125, 0.5)}  # fmt: skip
+    renamed = [os.path.join(os.path.dirname(path), f"caf\udce9{os.path.basename(path)}") for path in pictures]
+    for path, new in zip(pictures, renamed, strict=True):
+        os.rename(path, new)
+    dataset = type("Data", (), {"images": renamed, "label_map": CLASSES})
     write_report(tmp_path / "report", results, curves, found, dataset)
     (page,) = (tmp_path / "report").iterdir()
     text = page.read_text()
@@ -297,6 +309,8 @@ def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path)
     assert "&lt;dog&gt;" in text
     assert "<dog>" not in text
     assert "&lt;x&gt;.pth" in text
+    assert "Difference to &lt;o&gt;.json: +0.2500, interval -0.1250 to +0.5000" in text
+    assert "caf?0000" in text
     assert text.count("data:image/svg+xml") == sum(curve is not None for curve in curves.values()) == 2
     mistakes, misses, _ = find_mistakes(curves, found, CLASSES)
     assert text.count("data:image/jpeg") == min(24, len(mistakes)) + min(24, len(misses))

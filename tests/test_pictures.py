@@ -127,6 +127,21 @@ def test_no_file_is_written_over_another(tmp_path, monkeypatch):
             parse_arguments(arguments)
 
 
+def test_suppressed_classes_are_in_no_file_and_no_explanation(photos, monkeypatch):
+    model = SSD300(3, pretrained=False).eval()
+    model.label_map = make_label_map(["cat", "dog"])
+    scores = torch.zeros(1, 8732, 3)
+    scores[0, 0, 1], scores[0, 5000, 2] = 8, 7
+    monkeypatch.setattr(model, "forward", lambda images: (torch.zeros(1, 8732, 4), scores.clone()))
+    limits = 0.6, 0.45, 200
+    for suppress, expected in ((None, ["cat", "dog"]), (["cat", "cat"], ["dog"])):
+        ((_, _, objects, _),) = find_in_files([photos / "a.jpg"], model, *limits, suppress)
+        assert [name for name, *_ in objects] == expected
+        assert objects[-1][1] == pytest.approx(np.exp(7) / (np.exp(7) + 2))
+    image = Image.open(photos / "a.jpg")
+    assert np.any(np.asarray(explain(image, model, *limits)) != np.asarray(explain(image, model, *limits, ["cat"])))
+
+
 def test_a_copy_that_cannot_be_written_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
     model = SSD300(3, pretrained=False)
     model.label_map = make_label_map(["cat", "dog"])
