@@ -95,6 +95,7 @@ def test_pictures_in_batches_give_what_each_gives_alone(model, photos):
         (["a.jpg", "b.jpg", "--output", "x.jpg"], "--output is for one picture"),
         (["a.jpg", "b.jpg", "--explain"], "--explain is for one picture"),
         (["a.jpg", "--explain", "--json", "x"], "--explain and --json do not go together"),
+        (["a.jpg", "b.jpg", "--output-folder", "/dev/null"], "/dev/null: /dev/null is no folder"),
         (["."], "no pictures in this folder"),
         (["a.jpg", "--output", "x.gif"], "give an --output that ends in"),
         (["a.jpg", "--json", "nowhere/x"], "nowhere"),

@@ -357,6 +357,27 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
     assert seen["data"][0][3].tolist() == [0, 1]
     assert isinstance(seen["data"], PascalVOCDataset)
 
+    # What comes after the scores and fails does not cost them.
+    def fail(*_):
+        raise KeyError
+
+    monkeypatch.setattr(eval_script, "coco_scores", fail)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--coco", "--results", str(tmp_path / "results.json")])
+    with pytest.raises(KeyError):
+        eval_script.main()
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 3
+
+
+def test_an_export_never_replaces_what_the_training_writes_or_reads(tmp_path):
+    arguments = ["--data-folder", "d", "--output-folder", str(tmp_path), "--no-pretrained", "--weights-only"]
+    for name in ("checkpoint.pth", "best.pth", "log.jsonl"):
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: is read, or written"):
+            train.parse_settings([*arguments, str(tmp_path / name)])
+    path = str(tmp_path / "base.pth")
+    with pytest.raises(InputError, match=f"^{path}: is read, or written"):
+        train.parse_settings(["--data-folder", "d", "--base", path, "--weights-only", path])
+    train.parse_settings([*arguments, path])
+
 
 def test_suppressed_classes_take_no_places_and_leave_the_other_scores(model, monkeypatch):
     scores = torch.zeros(1, 8732, 21)
