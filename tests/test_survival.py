@@ -380,10 +380,15 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
     assert printed.count("trained: ") == 1
     finish(start(*arguments, "--output-folder", tmp_path / "one"))
     one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
+    settings = [str(argument) for argument in (*arguments, "--output-folder", tmp_path)]
+    start_weights = train.build(train.parse_settings(settings), torch.device("cpu")).model.state_dict()
+    changes = []
     for name, value in one["model"].items():
-        # Relative to the largest weight of the layer: biases begin at 0, and after three steps are all rounding.
-        scale = one["model"].get(name.replace(".bias", ".weight")).abs().max()
-        assert (value - two["model"][name]).abs().max() <= 1e-5 * scale, name
+        # Sums in another order round otherwise, which now and then turns a maximum of a pooling: up to 0.1% of what the
+        # updates changed, seen on several processors. Shares that weigh wrongly would be tens of percent.
+        changes.append((value - start_weights[name]).norm())
+        assert (value - two["model"][name]).norm() <= 0.005 * changes[-1], name
+    assert np.count_nonzero(changes) > 50  # of 71: where no prior is used, nothing changes
     for ours, theirs in zip(losses_logged(tmp_path / "one"), losses_logged(tmp_path / "two"), strict=True):
         assert [ours["event"], ours["iteration"]] == [theirs["event"], theirs["iteration"]]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
