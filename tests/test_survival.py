@@ -424,7 +424,7 @@ class Finder(SSD300):  # all objects but the first of each image, all with the s
 
 model = Finder()
 result = runs.validate(loader, model, MultiBoxLoss(model.priors_cxcy), "fp32", with_map=True)
-print("RESULT", json.dumps(result))
+print(f"RESULT {json.dumps(result)}\\n", end="")  # in one piece: torchrun's processes do not buffer
 leave_processes()
 """
 
