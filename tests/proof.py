@@ -1,9 +1,9 @@
 """Train SSD300 and torchvision's ssd300_vgg16 from scratch on the same images: what they learn, what it takes.
 
-python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof
-python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --systems ours-fp32 ours-compiled
-python tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --compare-losses 200
-torchrun --nproc-per-node=4 tests/proof.py fod300/VOC2007 --zero-based --output-folder runs/proof --systems ours
+python tests/proof.py mine --zero-based --output-folder runs/proof
+python tests/proof.py mine --zero-based --output-folder runs/proof --systems ours-fp32 ours-compiled
+python tests/proof.py mine --zero-based --output-folder runs/proof --compare-losses 200
+torchrun --nproc-per-node=4 tests/proof.py mine --zero-based --output-folder runs/proof --systems ours
 
 --iterations 8 --batch-size 2 --test-images 8 tries everything out. A training that is in the output folder already is
 not done again, so an interrupted proof goes on with the same command.
