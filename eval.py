@@ -225,10 +225,13 @@ def main():
             f"{settings.checkpoint}: its classes ({', '.join(model.label_map)}) are not those of "
             f"{settings.data_folder} ({', '.join(dataset.label_map)}); give a checkpoint trained on this data"
         )
-    names, n_objects = image_names(dataset.images), count_objects(dataset.objects, dataset.label_map)
-    if settings.bootstrap and not n_objects:
-        raise InputError(f"--bootstrap, --against: the test split of {settings.data_folder} has no object to be found")
-    other = read_results(settings.against, names, n_objects) if settings.against else None
+    names, other = image_names(dataset.images), None
+    if settings.bootstrap:
+        n_objects = count_objects(dataset.objects, dataset.label_map)
+        if not n_objects:
+            folder = settings.data_folder
+            raise InputError(f"--bootstrap, --against: the test split of {folder} has no object to be found")
+        other = read_results(settings.against, names, n_objects) if settings.against else None
     if settings.voc_results:
         name_voc_results(settings.voc_results, names, dataset.label_map)
     loader = DataLoader(

@@ -78,7 +78,7 @@ def atomic_writer(path):
 
 
 def _flush(file):
-    """Have a file on the disk whole, or raise OSError."""
+    """Have a file on the disk whole, or raise OSError: of several, each before the first takes its name."""
     file.flush()
     os.fsync(file.fileno())
 

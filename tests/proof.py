@@ -49,7 +49,7 @@ from files import DivergenceError, InputError, check_targets, make_folder, read_
 from model import MultiBoxLoss
 from results import coco_scores, image_names, image_sizes, import_pycocotools
 from runs import describe_run, fingerprint
-from utils import IMAGENET_MEAN, IMAGENET_STD
+from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 
 # From scratch, for some minutes of a large GPU.
 RECIPE = (
@@ -75,7 +75,6 @@ FIGURES = {  # in the files: (heading, factor and digits to print)
 PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum", "--weight-decay", "--warmup",
              "--grad-clip", "--no-augmentation", "--workers")  # fmt: skip
 OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile")
-SIDE = 300  # pixels
 TORCHVISION_MEAN, TORCHVISION_STD = (0.48235, 0.45882, 0.40784), 1 / 255  # of its input, RGB in 0-1
 
 
@@ -120,7 +119,7 @@ def step_torchvision(model, optimizer, batch, rate, settings):
     """Update torchvision's network once, by the loss that it computes itself; return that."""
     images, boxes, labels, _ = batch
     targets = [
-        {"boxes": (SIDE * image_boxes).to(images.device), "labels": image_labels.to(images.device)}
+        {"boxes": (IMAGE_SIZE * image_boxes).to(images.device), "labels": image_labels.to(images.device)}
         for image_boxes, image_labels in zip(boxes, labels, strict=True)
     ]
     for group in optimizer.param_groups:
@@ -175,7 +174,7 @@ def detect_by_torchvision(loader, model):
     for images, *objects in batches_on(find_device(), tqdm(loader, "evaluating", unit="batch", disable=None)):
         results = model(list(images))
         boxes, labels, scores = ([result[key] for result in results] for key in ("boxes", "labels", "scores"))
-        collect(found, ([image_boxes / SIDE for image_boxes in boxes], labels, scores, *objects))
+        collect(found, ([image_boxes / IMAGE_SIZE for image_boxes in boxes], labels, scores, *objects))
     return found
 
 
@@ -202,8 +201,11 @@ def evaluate(model, detect, settings, n_images):
     }  # fmt: skip
 
 
-def prove(system, settings, arguments):
-    """Train a system and evaluate it; return what came of it, plain values by name; None in all processes but one."""
+def prove(system, settings, common):
+    """Train a system and evaluate it; return what came of it, plain values by name; None in all processes but one.
+
+    :param common: what `conditions` returns
+    """
     gc.collect()  # what an earlier training left
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -220,10 +222,10 @@ def prove(system, settings, arguments):
         return None
     return {
         **describe_run(settings, model, choose_precision(settings.precision, find_device())),
-        "event": "proof", "system": system, "seed": settings.seed, "conditions": conditions(settings, arguments),
+        "event": "proof", "system": system, "seed": settings.seed, "conditions": common,
         "training_seconds": elapsed, "images_per_second": settings.iterations * settings.batch_size / elapsed,
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        **evaluate(model, detect, settings, arguments.test_images),
+        **evaluate(model, detect, settings, common["test_images"]),
     }  # fmt: skip
 
 
@@ -282,12 +284,12 @@ def compare_losses(settings):
     for iteration, batch in enumerate(batches_of(settings, dataset, device)):
         rate = train.learning_rate(iteration, settings)
         their_loss = step_torchvision(theirs, optimizer, batch, rate, settings).item()
-        true_boxes, true_labels = noted_matches(noted)
+        matches = noted_matches(noted)
         with torch.no_grad():
-            same_matches.match = lambda *_, matches=(true_boxes, true_labels): matches
+            same_matches.match = lambda *_, matches=matches: matches
             outputs = noted["outputs"]
             same = same_matches(outputs["bbox_regression"], outputs["cls_logits"], *batch[1:3]).item()
-            n_other = (criterion.match(*batch[1:3])[1] != true_labels).any(dim=1).sum().item()
+            n_other = (criterion.match(*batch[1:3])[1] != matches[1]).any(dim=1).sum().item()
         our_loss = train.train_step(run, ours, batch, rate)[:2].sum().item()
         rows.append({"torchvision": their_loss, "same_matches": same, "matched_otherwise": n_other, "ours": our_loss})
         if not math.isfinite(their_loss + our_loss):
@@ -300,7 +302,7 @@ def noted_matches(noted):
     boxes, labels = [], []
     for target, matched in zip(noted["targets"], noted["matches"], strict=True):
         if len(target["labels"]):
-            boxes.append(target["boxes"][matched.clamp(min=0)] / SIDE)
+            boxes.append(target["boxes"][matched.clamp(min=0)] / IMAGE_SIZE)
             labels.append(torch.where(matched >= 0, target["labels"][matched.clamp(min=0)], 0))
         else:
             boxes.append(torch.arange(4, device=matched.device).expand(len(matched), 4) // 2 * 1.0)
@@ -390,14 +392,15 @@ def main():
             write_json({path: rows})
             return
         plan = [(system, settings_of(system, seed)) for seed in arguments.seeds for system in arguments.systems]
-        done = read_runs(folder, conditions(plan[0][1], arguments))
+        common = conditions(plan[0][1], arguments)
+        done = read_runs(folder, common)
         for system, settings in plan:
             path = f"{settings.output_folder}.json"
             if path in done:
                 continue
             if rank() == 0:
                 print(f"\n{system}, seed {settings.seed}", flush=True)
-            result = prove(system + several, settings, arguments)
+            result = prove(system + several, settings, common)
             if rank() == 0:
                 done[path] = result
                 write_json({path: result})
