@@ -14,6 +14,7 @@ from create_data_lists import make_sample
 from model import SSD300
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_WAIT = 1200  # seconds until a process counts as stuck: a hundred times what the longest takes when idle
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "eval", "detect", "create_data_lists"])
 
@@ -59,7 +60,7 @@ def run(tmp_path_factory):
                                    dict(os.environ if env is None else env), outputs),
         )  # fmt: skip
         process.start()
-        process.join(300)
+        process.join(LONGEST_WAIT)
         if process.is_alive():
             process.kill()
         stdout, stderr = (path.read_text() for path in outputs)

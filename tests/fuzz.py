@@ -25,7 +25,7 @@ import create_data_lists as script
 from datasets import PascalVOCDataset
 from files import InputError
 
-SECONDS = 10  # a case may take
+SECONDS = 300  # until a case counts as stuck; even a slow machine takes less than one
 OBJECT = (
     "<object><name>cat</name><difficult>0</difficult><part><name>head</name><bndbox><xmin>3</xmin><ymin>3</ymin>"
     "<xmax>9</xmax><ymax>9</ymax></bndbox></part><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"

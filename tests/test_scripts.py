@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import LONGEST_WAIT
 from PIL import Image
 
 import eval as eval_script
@@ -33,7 +34,7 @@ def trained(sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     command = [sys.executable, train.__file__, "--data-folder", sample, "--output-folder", folder, *QUICK]
     command += ["--iterations", 3, "--checkpoint-every", 2, "--validate-every", 3, "--seed", 7]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, timeout=LONGEST_WAIT)
     return folder, done.stdout + done.stderr
 
 

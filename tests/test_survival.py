@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LONGEST_WAIT
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -36,7 +36,7 @@ def start(*arguments, launcher=(), **options):
 
 
 def finish(process, status=0):
-    printed = process.communicate(timeout=300)[0]
+    printed = process.communicate(timeout=LONGEST_WAIT)[0]
     assert process.returncode == status, printed
     return printed
 
@@ -68,54 +68,72 @@ def uninterrupted(sample, tmp_path_factory):
 
 
 def wait_for(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
+    """Wait until a condition holds or a process has ended; tell whether it still runs."""
+    deadline = time.monotonic() + LONGEST_WAIT
+    while process.poll() is None and not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def train_with_kills(sample, folder, rng, mean_seconds):
-    """Train, killed at random moments and resumed, until done; return the number of kills."""
-    kills = 0
-    while True:
-        begun = (folder / "checkpoint.pth").exists()
-        if begun and load_checkpoint(folder / "checkpoint.pth")["iteration"] == 4:  # readable at any time
-            assert {path.name for path in folder.iterdir()} == {
-                "checkpoint.pth",
-                "best.pth",
-                "log.jsonl",
-                "tensorboard",
-            }
-            return kills
-        arguments = ("--resume", folder / "checkpoint.pth") if begun else ("--data-folder", sample, *RECIPE, *EXTRAS)
-        process = start(*arguments, "--output-folder", folder)
-        try:
-            printed = process.communicate(timeout=6 + rng.expovariate(1 / mean_seconds))[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            continue
-        assert process.returncode == 0, printed
+        time.sleep(0.01)
+    return process.poll() is None
 
 
 def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sample, uninterrupted, tmp_path):
-    assert train_with_kills(sample, tmp_path, random.Random(1), 4) > 0
+    """Killed as soon as it has a log, a checkpoint, half a checkpoint, and another checkpoint; then left alone."""
+    checkpoint = tmp_path / "checkpoint.pth"
+
+    def has_new_checkpoint(before):
+        return lambda: checkpoint.exists() and checkpoint.stat().st_ino != before
+
+    def has_half_a_checkpoint(_):
+        return lambda: any(tmp_path.glob("checkpoint.pth.*.tmp"))
+
+    moments = [lambda _: (tmp_path / "log.jsonl").exists, has_new_checkpoint, has_half_a_checkpoint, has_new_checkpoint]
+    kills = 0
+    for moment in [*moments, None]:
+        inode = checkpoint.stat().st_ino if checkpoint.exists() else None
+        if inode and load_checkpoint(checkpoint)["iteration"] == 4:  # readable at any time
+            break
+        arguments = ("--resume", checkpoint) if inode else ("--data-folder", sample, *RECIPE, *EXTRAS)
+        process = start(*arguments, "--output-folder", tmp_path)
+        if moment and wait_for(moment(inode), process):
+            process.kill()
+            process.communicate()
+            kills += 1
+        else:
+            finish(process)
+    assert kills > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "best.pth", "log.jsonl", "tensorboard"}
     assert_same_runs(tmp_path, uninterrupted)
+
+
+# Runs train.py, which sends its whole process group a signal in its second step.
+SIGNALLED = """
+import os, sys
+import train
+from files import run_command
+
+train_step, steps, number = train.train_step, [], int(os.environ["SIGNAL"])
+
+def signal_in_second_step(*arguments):
+    steps.append(None)
+    if len(steps) == 2:
+        os.killpg(0, number)
+    return train_step(*arguments)
+
+train.train_step = signal_in_second_step
+sys.argv = sys.argv[1:]
+run_command(train.main)
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, uninterrupted, tmp_path):
+    """The signal goes to the processes that load images, too, as from terminals and schedulers."""
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS, "--checkpoint-every", 100)
-    process = start(*arguments, start_new_session=True)
-    wait_for((tmp_path / "log.jsonl").exists, process)
-    time.sleep(1)
-    os.killpg(process.pid, number)  # as terminals and schedulers do, to the processes that load images, too
-    printed = finish(process)
+    environment = {**os.environ, "PYTHONPATH": str(Path(TRAIN).parent), "SIGNAL": str(int(number))}
+    printed = finish(start(*arguments, launcher=("-c", SIGNALLED), env=environment, start_new_session=True))
     checkpoint = tmp_path / "checkpoint.pth"
     assert f"python train.py --resume {checkpoint}" in printed
-    assert 0 < load_checkpoint(checkpoint)["iteration"] < 4
+    assert load_checkpoint(checkpoint)["iteration"] == 2
     assert "Traceback" not in printed
     if number == signal.SIGTERM:
         finish(start("--resume", checkpoint))
@@ -438,7 +456,7 @@ def test_processes_validate_as_one(tmp_path):
         done = subprocess.run(
             [sys.executable, *launcher, str(script), str(tmp_path / "data")],
             capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": str(Path(TRAIN).parent), "OMP_NUM_THREADS": "1"}, timeout=120,
+            env={**os.environ, "PYTHONPATH": str(Path(TRAIN).parent), "OMP_NUM_THREADS": "1"}, timeout=LONGEST_WAIT,
         )  # fmt: skip
         results.append([json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")])
     (one,), two = results
@@ -459,7 +477,7 @@ def test_a_process_that_fails_ends_the_others(sample, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     arguments = ("--data-folder", data, "--output-folder", tmp_path / "run", *RECIPE, "--batch-size", 2, "--workers", 0)
     process = start(*arguments, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=LONGEST_WAIT)[0]
     assert process.returncode != 0
     assert f"error: {broken}: cannot read this image" in printed
 
