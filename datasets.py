@@ -1,33 +1,41 @@
-"""The data set that the JSON lists describe, its batches, and the order in which training sees it.
+"""The data set that the JSON lists describe, its batches, and the order of training.
 
 dataset = PascalVOCDataset("data/voc", "TRAIN", keep_difficult=True)
-batches = TrainingSampler(len(dataset), batch_size=32, seed=0, stop=120_000)
-loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=8)
+sampler = TrainingSampler(len(dataset), batch_size=32, seed=0, stop=120_000)
+loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=8)
 """
+
+import hashlib
+import json
+import os
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from utils import open_image, transform
-from voc import read_data_lists
+from support.images import open_image
+from support.voc import read_data_lists
+from utils import transform
 
 
 class PascalVOCDataset(Dataset):
     """Images and objects of one split, ready for the network.
 
-    `dataset[index]` augments training images differently at each call; `dataset[epoch, index]`, which is what
-    TrainingSampler asks for, augments as a function of (seed, epoch, index) alone.
+    `dataset[index]` augments a training image differently each time. `dataset[epoch, index]`, the keys of
+    TrainingSampler, augments it as a function of (seed, epoch, index) only.
 
     :param data_folder: folder with the lists that create_data_lists.py writes
-    :param split: 'TRAIN' or 'TEST'
-    :param keep_difficult: keep the objects that are marked as difficult
-    :param augment: whether training images are augmented
+    :param split: 'TRAIN' or 'TEST', in any case
+    :param keep_difficult: keep objects that are marked as difficult
+    :param augment: whether to augment training images
     :param seed: of the augmentation
-    :raises InputError: where lists are missing or wrong, and later where an image cannot be read
+    :raises InputError: if lists are missing or wrong; when indexed, if an image cannot be read
     """
 
     def __init__(self, data_folder, split, keep_difficult=False, augment=True, seed=0):
+        split = split.upper()
+        if split not in ("TRAIN", "TEST"):
+            raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
         self.images, self.objects, self.label_map = read_data_lists(data_folder, split)
         self.mode = "TRAIN" if split == "TRAIN" and augment else "TEST"
         self.keep_difficult = keep_difficult
@@ -51,28 +59,31 @@ class PascalVOCDataset(Dataset):
         with open_image(self.images[index]) as image:
             return transform(image, boxes, labels, difficulties, self.mode, rng)
 
+    def fingerprint(self):
+        """Return a digest of the images' names and their objects, which tells one data set from another."""
+        names = [os.path.basename(path) for path in self.images]
+        return hashlib.sha256(json.dumps([names, self.objects]).encode()).hexdigest()
+
 
 def collate_fn(batch):
-    """Join samples: images (N, 3, 300, 300) and three lists of N tensors, for images hold different objects."""
+    """Join samples: images (N, 3, 300, 300), and three lists of N tensors, since images differ in objects."""
     images, *objects = zip(*batch, strict=True)
     counts = [len(boxes) for boxes in objects[0]]
-    # Each list holds views of one tensor: for a worker every tensor to be passed on costs, whatever its size.
+    # The tensors of a list are views of one tensor: a worker pays for each tensor that it hands over.
     boxes, labels, difficulties = (list(torch.cat(values).split(counts)) for values in objects)
     return default_collate(list(images)), boxes, labels, difficulties
 
 
 class TrainingSampler(Sampler):
-    """Batches of keys (epoch, index), shuffled anew each epoch, from iteration `start` up to `stop`.
+    """Batches of keys (epoch, index), shuffled anew for each epoch, for the iterations `start` to `stop` - 1.
 
-    Batch i is a function of (seed, i): resuming needs no replay, and neither workers nor time matter. Batches run on
-    from one epoch into the next, so all are full, and every image is seen once an epoch.
+    Batch i is a function of (seed, i), so resuming needs no replay, and neither workers nor time matter. A batch may
+    span two epochs: all batches are full, and every image is seen once per epoch.
 
     :param n_images: size of the data set
     :param batch_size: images per batch
     :param seed: of the order
-    :param stop: iteration before which to stop
-    :param start: iteration to begin with
-    :param share: (rank, number) of the processes that divide each batch among them
+    :param share: (rank, number) of the processes that share each batch
     """
 
     def __init__(self, n_images, batch_size, seed, stop, start=0, share=(0, 1)):
@@ -84,17 +95,17 @@ class TrainingSampler(Sampler):
         return max(0, self.stop - self.start)
 
     def __iter__(self):
-        """Yield the batches, lists of keys (epoch, index), or this process' shares of them."""
+        """Yield this process's share of each batch: a list of keys (epoch, index)."""
         rank, n_processes = self.share
         return (self.batch(iteration)[rank::n_processes] for iteration in range(self.start, self.stop))
 
     def batch(self, iteration):
-        """Return the keys (epoch, index) of the whole batch of one iteration."""
+        """Return the keys (epoch, index) of one iteration's whole batch."""
         first = iteration * self.batch_size
-        places = [divmod(place, self.n_images) for place in range(first, first + self.batch_size)]
-        orders = {epoch: self._order(epoch) for epoch, _ in places}
-        return [(epoch, int(orders[epoch][place])) for epoch, place in places]
+        positions = [divmod(position, self.n_images) for position in range(first, first + self.batch_size)]
+        orders = {epoch: self._order(epoch) for epoch, _ in positions}
+        return [(epoch, int(orders[epoch][position])) for epoch, position in positions]
 
     def _order(self, epoch):
-        # No image has the index n_images: the order shares its random numbers with no augmentation.
+        # No image has the index n_images, so the order shares its random numbers with no augmentation.
         return np.random.default_rng((self.seed, epoch, self.n_images)).permutation(self.n_images)

@@ -1,149 +1,141 @@
-"""Find objects in photographs: print them, and write annotated copies.
+"""Detect objects in photographs: print them, and write annotated copies.
 
 python detect.py photo.jpg
-python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth --output found.png --min-score 0.4 --suppress person
-python detect.py photos more/*.jpg --output-folder found --json found.jsonl
+python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth --output detected.png --min-score 0.4 --suppress person
+python detect.py photos more/*.jpg --output-folder detected --json detected.jsonl
 python detect.py photo.jpg --explain
 python detect.py --export model.onnx --checkpoint runs/voc/checkpoint.pth
 """
 
 import argparse
-import json
 import os
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoints import load_model
-from devices import batches_on, choose_precision, count_cores, find_device
-from drawing import draw_boxes, tile
-from files import InputError, atomic_writer, check_folder, check_targets, encode_json, make_folder, run_command
-from model import FEATURE_MAPS
-from utils import cxcy_to_xy, gcxgcy_to_cxcy, read_image, transform, upright_rgb
-from voc import IMAGE_SUFFIXES, label_color_map, label_names
+from model import DETECTION_LIMITS, FEATURE_MAPS, Limits, load_model, split_by_feature_map
+from support.devices import batches_on, choose_precision, count_cores, find_device
+from support.export import export_onnx
+from support.files import InputError, atomic_writer, check_targets, encode_json, make_folder, run_command
+from support.images import WRITABLE_FORMATS, draw_boxes, read_image, tile, upright_rgb, write_image
+from support.voc import IMAGE_SUFFIXES, label_color_map, label_names
+from utils import IMAGE_SIZE, cxcy_to_xy, transform
 
-OUTPUT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
-BATCH_SIZE = 8  # images at a time
-N_QUIET = 5  # images up to which no progress is shown
-
-
-def parse_arguments(arguments=None):
-    """Return the command line's settings, the images found in its folders among them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGE", help="pictures to look at, and folders of them")
-    add("--checkpoint", default="coco", help="of train.py or a known system [torchvision's coco]")
-    add("--output", metavar="FILE", help="annotated copy of one picture [IMAGE with _detected before the suffix]")
-    add("--output-folder", metavar="DIR", help="annotated copies of several [detected]")
-    add("--json", metavar="FILE", help="write a line of JSON per picture: file, width, height, objects")
-    add("--min-score", type=float, default=0.2, help="lowest probability [%(default)s]")
-    add("--max-overlap", type=float, default=0.5,
-        help="jaccard overlap from which the weaker of two boxes goes [%(default)s]")  # fmt: skip
-    add("--top-k", type=int, default=200, help="most objects [%(default)s]")
-    add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out")
-    add("--explain", action="store_true",
-        help="draw the priors that found the objects, by feature map, instead; of one picture")  # fmt: skip
-    add("--export", metavar="FILE.onnx", help="write the network, decoding and softmax inside (onnx, onnxscript)")
-    settings = parser.parse_args(arguments)
-
-    if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
-        raise InputError("--min-score and --max-overlap must lie in 0 ... 1 and --top-k be 1 or more")
-    if bool(settings.images) == bool(settings.export):
-        raise InputError("give pictures or folders of them, or --export FILE.onnx alone")
-    is_one = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
-    settings.images = list(dict.fromkeys(image for path in settings.images for image in _list_images(path)))
-    if is_one and not settings.output_folder:
-        ending = "_explained.png" if settings.explain else "_detected{1}"
-        settings.output = settings.output or f"{{0}}{ending}".format(*os.path.splitext(settings.images[0]))
-        if os.path.splitext(settings.output)[1].lower() not in OUTPUT_FORMATS:
-            raise InputError(f"{settings.output}: give an --output that ends in {', '.join(OUTPUT_FORMATS)}")
-    elif settings.output:
-        raise InputError("--output is for one picture, and --output-folder for several; give one of them")
-    elif settings.explain:
-        raise InputError("--explain is for one picture, and goes to --output")
-    elif not settings.export:
-        settings.output_folder = settings.output_folder or "detected"
-        check_folder(settings.output_folder)
-    if settings.explain and settings.json:
-        raise InputError("--explain and --json do not go together; give one of them")
-    settings.copies = _name_copies(settings)
-    inputs = [*settings.images, settings.checkpoint]
-    copies = [] if settings.output_folder else settings.copies.values()
-    check_targets(*copies, settings.json, settings.export, inputs=inputs)
-    return settings
+BATCH_SIZE = 8  # images
+MIN_IMAGES_FOR_PROGRESS = 6  # number of images from which a progress bar is shown
 
 
-def _list_images(path):
-    """Return the pictures in a folder, sorted; of another path the path itself."""
-    if not os.path.isdir(path):
-        return [path]
-    names = sorted(name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-    if not names:
-        raise InputError(f"{path}: no pictures in this folder ({', '.join(IMAGE_SUFFIXES)}); give another")
-    return [os.path.join(path, name) for name in names]
+class Detection(NamedTuple):
+    """A detected object."""
+
+    label: str  # name of the class
+    score: float  # probability
+    box: list  # pixel xy of the upright image, inside the image
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Detection
+# ---------------------------------------------------------------------------------------------------------
+
+
+def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=None):
+    """Return an upright RGB copy of an image with the detected objects drawn into it.
+
+    The other parameters are those of `find_objects`.
+
+    :param model: SSD300 as `load_model` returns it; None for torchvision's COCO weights, which are downloaded once
+    """
+    model = model or load_model("coco")
+    detections = find_objects(original_image, model, min_score, max_overlap, top_k, suppress)
+    return annotate(original_image, detections, label_color_map(model.label_map))
 
 
 def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=None):
-    """Return the objects in a picture, best first.
+    """Return the `Detection`s of an image, best first.
 
-    :param original_image: PIL image of any mode and size
-    :param model: SSD300 with its label_map, as `load_model` gives it
-    :param min_score: probability that a detection is above
-    :param max_overlap: jaccard overlap from above which the weaker of two boxes of a class goes
-    :param top_k: most objects
-    :param suppress: names of classes to leave out
-    :return: (class name, score, box) per object; the box in pixel xy of the upright picture, inside of it
-    :raises InputError: for a class that the model does not know
+    :param original_image: PIL image of any mode and size; it is not changed
+    :param model: SSD300 with its label_map, as `load_model` returns it
+    :param min_score, max_overlap, top_k: see `model.Limits`
+    :param suppress: names of classes to leave out; their probability counts as background
+    :raises InputError: if the model does not know a suppressed class
     """
-    suppressed = find_labels(suppress, model.label_map)
     image, size = _prepare(original_image)
-    with torch.inference_mode():
-        predictions = _predict(model, image[None].to(model.priors_cxcy.device), suppressed)
-        found = model.detect_objects(*predictions, min_score, max_overlap, top_k)
-    return _name_objects(*(part[0] for part in found), size, model.label_map)
+    return _detect_batch(image[None], [size], model, Limits(min_score, max_overlap, top_k), suppress)[0]
 
 
-def find_labels(names, label_map):
-    """Return the labels of class names, each once; InputError for a name that a label map does not have."""
-    unknown = [name for name in names or () if label_map.get(name, 0) == 0]
-    if unknown:
-        known = ", ".join(name for name, index in label_map.items() if index != 0)
-        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {known}")
-    return sorted({label_map[name] for name in names or ()})
+def find_in_files(paths, model, limits=DETECTION_LIMITS, suppress=None):
+    """Yield (path, size, detections, error) of each image file; the network takes several at a time.
+
+    :param limits, suppress: as for `find_objects`
+    :return: size is (width, height) of the upright image, detections are what `find_objects` returns, error is None;
+        for a file that cannot be read, size and detections are None, and error is a line that says why
+    """
+    device = model.priors_cxcy.device
+    loader = DataLoader(
+        _ImageFiles(paths), batch_size=BATCH_SIZE, collate_fn=_collate, pin_memory=device.type == "cuda",
+        num_workers=min(count_cores(), len(paths) // BATCH_SIZE),
+    )  # fmt: skip
+    for images, batch_paths, sizes, errors in batches_on(device, loader):
+        detections = _detect_batch(images, sizes, model, limits, suppress)
+        yield from zip(batch_paths, sizes, detections, errors, strict=True)
 
 
-def _predict(model, images, suppressed):
-    """Return a model's predictions, the probability of the suppressed labels given to the background."""
-    locs, scores = model(images)
+@torch.inference_mode()
+def _detect_batch(images, sizes, model, limits, suppress):
+    """Return a list of `Detection`s, best first, for each of N prepared images (N, 3, 300, 300).
+
+    :param sizes: N pairs (width, height) in pixels; an image whose size is None gets None
+    """
+    detections = model.detect_objects(*_predict(images, model, suppress), *limits)
+    return [
+        None if size is None else _to_detections(boxes, labels, scores, size, model.label_map)
+        for boxes, labels, scores, size in zip(*detections, sizes, strict=True)
+    ]
+
+
+def _prepare(original_image):
+    """Return an image as the network takes it (3, 300, 300), and its upright size."""
+    upright = upright_rgb(original_image)
+    no_objects = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
+    return transform(upright, *no_objects, split="TEST")[0], upright.size
+
+
+def _predict(images, model, suppress):
+    """Return a model's locs (N, 8732, 4) and scores (N, 8732, n_classes), suppressed classes added to background."""
+    suppressed = _find_labels(suppress or (), model.label_map)
+    locs, scores = model(images.to(model.priors_cxcy.device))
     if suppressed:
+        # Scores are before softmax, where the sum of probabilities becomes logsumexp.
         scores[..., 0] = scores[..., [0, *suppressed]].logsumexp(dim=2)
         scores[..., suppressed] = -torch.inf
     return locs, scores
 
 
-def _prepare(original_image):
-    """Return a picture as the network takes it (3, 300, 300), and its upright size."""
-    upright = upright_rgb(original_image)
-    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
-    return transform(upright, *nothing, split="TEST")[0], upright.size
+def _find_labels(names, label_map):
+    """Return the indices of class names, each once; raises InputError if the model does not know one."""
+    unknown = [name for name in names if label_map.get(name, 0) == 0]
+    if unknown:
+        known = ", ".join(name for name, index in label_map.items() if index != 0)
+        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {known}")
+    return sorted({label_map[name] for name in names})
 
 
-def _name_objects(boxes, labels, scores, size, label_map):
-    """Return (class name, score, pixel box inside the picture) of one picture's detections."""
+def _to_detections(boxes, labels, scores, size, label_map):
+    """Return the `Detection`s of one image, given boxes (d, 4), fractional xy, labels (d,) and scores (d,)."""
     names = label_names(label_map)
-    boxes = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
-    found = zip((names[label] for label in labels.tolist()), scores.tolist(), boxes.tolist(), strict=True)
-    return list(found)
+    pixel_boxes = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
+    return [
+        Detection(names[label], score, box)
+        for label, score, box in zip(labels.tolist(), scores.tolist(), pixel_boxes.tolist(), strict=True)
+    ]
 
 
-class _Pictures(Dataset):
-    """Pictures as the network takes them, with path, size and None; or zeros, None and what is wrong."""
+class _ImageFiles(Dataset):
+    """Image files as (prepared image, path, size, None), or (zeros, path, None, error) if one cannot be read."""
 
     def __init__(self, paths):
         self.paths = paths
@@ -154,153 +146,166 @@ class _Pictures(Dataset):
     def __getitem__(self, index):
         path = self.paths[index]
         try:
-            return *_prepare(read_image(path)), path, None
+            image, size = _prepare(read_image(path))
         except InputError as error:
-            return torch.zeros(3, 300, 300), None, path, str(error)
+            return torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE), path, None, str(error)
+        return image, path, size, None
 
 
-def _join(samples):
+def _collate(samples):
     images, *rest = zip(*samples, strict=True)
-    return torch.stack(images), list(zip(*rest, strict=True))
+    return torch.stack(images), *rest
 
 
-@torch.inference_mode()
-def find_in_files(paths, model, min_score, max_overlap, top_k, suppress=None):
-    """Yield (path, size, objects, error) of each picture; objects as `find_objects` returns them.
-
-    A picture that cannot be read has None for size and objects, and a line that says why as error.
-    """
-    suppressed = find_labels(suppress, model.label_map)
-    device = model.priors_cxcy.device
-    loader = DataLoader(
-        _Pictures(paths), batch_size=BATCH_SIZE, collate_fn=_join, pin_memory=device.type == "cuda",
-        num_workers=min(count_cores(), len(paths) // BATCH_SIZE),
-    )  # fmt: skip
-    for images, pictures in batches_on(device, loader):
-        detections = model.detect_objects(*_predict(model, images, suppressed), min_score, max_overlap, top_k)
-        for (size, path, error), *found in zip(pictures, *detections, strict=True):
-            yield path, size, None if error else _name_objects(*found, size, model.label_map), error
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------
 
 
-def annotate(original_image, objects, colors):
-    """Return an upright RGB copy of a picture with objects drawn into it, the best on top.
+def annotate(original_image, detections, colors):
+    """Return an upright RGB copy of an image with detections drawn into it, the best on top.
 
-    :param objects: (class name, score, pixel xy box) per object, best first
+    :param detections: what `find_objects` returns
     :param colors: class name -> (red, green, blue)
     """
-    captions = [f"{name} {score:.2f}" for name, score, _ in objects]
-    return draw_boxes(original_image, [box for *_, box in objects], captions, [colors[name] for name, *_ in objects])
+    boxes = [box for _, _, box in detections]
+    captions = [_caption(label, score) for label, score, _ in detections]
+    return draw_boxes(original_image, boxes, captions, [colors[label] for label, _, _ in detections])
 
 
-def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=None):
-    """Return a copy of a picture with the objects that a model finds drawn into it.
-
-    The parameters are those of `find_objects`; without a model torchvision's of COCO is taken. Nothing that is
-    given is changed.
-    """
-    model = model or load_model("coco")
-    objects = find_objects(original_image, model, min_score, max_overlap, top_k, suppress)
-    return annotate(original_image, objects, label_color_map(model.label_map))
+def _caption(label, score):
+    return f"{label} {score:.2f}"
 
 
 def explain(original_image, model, min_score, max_overlap, top_k, suppress=None):
-    """Return a picture of what each feature map found: its cells, the objects, and the priors that these come from.
+    """Return a picture of what each feature map detects: its cells, the detections, and the priors they come from.
 
-    The parameters are those of `find_objects`. A prior is drawn thin and without a caption, in its object's colour.
+    Priors are drawn thin and without a caption, in the colour of their detections. The parameters are those of
+    `find_objects`.
     """
     upright = upright_rgb(original_image)
-    colors, suppressed = label_color_map(model.label_map), find_labels(suppress, model.label_map)
     image, size = _prepare(upright)
     with torch.inference_mode():
-        locs, scores = _predict(model, image[None].to(model.priors_cxcy.device), suppressed)
-        decoded = cxcy_to_xy(gcxgcy_to_cxcy(locs.float(), model.priors_cxcy))[0].cpu()
-        boxes, *found = (part[0] for part in model.detect_objects(locs, scores, min_score, max_overlap, top_k))
-    # A detection is the decoded box of a prior: that says which.
-    indices = [(decoded == box).all(dim=1).nonzero()[0].item() for box in boxes.cpu()]
-    objects = _name_objects(boxes, *found, size, model.label_map)
+        predicted_locs, predicted_scores = _predict(image[None], model, suppress)
+        decoded = model.decode(predicted_locs)[0].cpu()
+        boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
+    detections = _to_detections(boxes[0], labels[0], scores[0], size, model.label_map)
+    # A detection's box is the decoded box of a prior, bit for bit. That tells which prior it comes from.
+    sources = [(decoded == box).all(dim=1).nonzero()[0].item() for box in boxes[0].cpu()]
     priors = cxcy_to_xy(model.priors_cxcy).cpu() * torch.tensor(size * 2)
+    prior_numbers = split_by_feature_map(torch.arange(len(priors)))
+    colors = label_color_map(model.label_map)
 
-    tiles, first = [], 0
-    for name, (cells, _, n_priors) in FEATURE_MAPS.items():
-        last = first + cells * cells * n_priors
-        here = [number for number, index in enumerate(indices) if first <= index < last]
-        picture = draw_boxes(
-            upright,
-            [objects[number][2] for number in here] + [priors[indices[number]].tolist() for number in here],
-            ["{} {:.2f}".format(*objects[number][:2]) for number in here] + [""] * len(here),
-            [colors[objects[number][0]] for number in here] * 2,
-            grid=cells,
-        )
-        title = f"{name}: {cells} x {cells} cells, {n_priors} priors in each, {len(here)} of {len(objects)} objects"
-        tiles.append((title, picture))
-        first = last
+    tiles = []
+    for (name, (cells, _, n_priors)), numbers in zip(FEATURE_MAPS.items(), prior_numbers, strict=True):
+        shown = [pair for pair in zip(detections, sources, strict=True) if pair[1] in numbers]
+        shown_boxes = [detection.box for detection, _ in shown] + [priors[source].tolist() for _, source in shown]
+        captions = [_caption(detection.label, detection.score) for detection, _ in shown] + [""] * len(shown)
+        box_colors = [colors[detection.label] for detection, _ in shown] * 2
+        picture = draw_boxes(upright, shown_boxes, captions, box_colors, grid=cells)
+        count = f"{len(shown)} of {len(detections)} objects"
+        tiles.append((f"{name}: {cells} x {cells} cells, {n_priors} priors in each, {count}", picture))
     return tile(tiles, columns=3, side=480)
 
 
-class _Exported(nn.Module):
-    """A network with decoding and softmax inside: boxes (N, 8732, 4), fractional xy, and probabilities."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        locs, scores = self.model(images)
-        return cxcy_to_xy(gcxgcy_to_cxcy(locs, self.model.priors_cxcy)), scores.softmax(dim=2)
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
 
 
-def export(model, path):
-    """Write a model as ONNX: images (N, 3, 300, 300) to boxes (N, 8732, 4) and scores (N, 8732, n_classes).
+def parse_arguments(arguments=None):
+    """Return the checked settings of the command line.
 
-    N is free; images are ImageNet-normalised, boxes fractional xy, scores probabilities with background first. The
-    names of the classes are in the file's metadata, "label_map".
-
-    :raises InputError: where onnx or onnxscript is not installed
+    `images` are paths of image files, those in folders included; `copies` maps each to the path of its annotated copy.
     """
-    try:
-        import onnx  # an optional requirement, as onnxscript, which PyTorch takes
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError("--export: its packages are not there; pip install onnx onnxscript") from error
-    images = torch.zeros(2, 3, 300, 300, device=model.priors_cxcy.device)
-    with redirect_stdout(sys.stderr):
-        program = torch.onnx.export(
-            _Exported(model).eval(), (images,), input_names=["images"], output_names=["boxes", "scores"],
-            dynamic_shapes={"images": {0: torch.export.Dim.DYNAMIC}}, dynamo=True, verbose=False,
-        )  # fmt: skip
-    contents = program.model_proto
-    in_order = dict(sorted(model.label_map.items(), key=lambda item: item[1]))
-    onnx.helper.set_model_props(contents, {"label_map": json.dumps(in_order)})
-    with atomic_writer(path) as file:
-        file.write(contents.SerializeToString())
+    settings = _make_parser().parse_args(arguments)
+    if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
+        raise InputError("--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more")
+    if bool(settings.images) == bool(settings.export):
+        raise InputError("give images or folders of images, or --export FILE.onnx alone")
+
+    is_one_file = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
+    images = [image for path in settings.images for image in _list_images(path)]
+    settings.images = list(dict.fromkeys(images))  # each once
+    if is_one_file and not settings.output_folder:
+        settings.output = settings.output or _default_output(settings)
+        if os.path.splitext(settings.output)[1].lower() not in WRITABLE_FORMATS:
+            raise InputError(f"{settings.output}: give an --output that ends in {', '.join(WRITABLE_FORMATS)}")
+    elif settings.output:
+        raise InputError("--output is for one image, and --output-folder for several; give one of them")
+    elif settings.explain:
+        raise InputError("--explain is for one image, and its picture goes to --output")
+    elif not settings.export:
+        settings.output_folder = settings.output_folder or "detected"
+    if settings.explain and settings.json:
+        raise InputError("--explain and --json cannot be combined; give one of them")
+
+    check_targets(
+        settings.output, settings.json, settings.export,
+        folders=[settings.output_folder], inputs=[*settings.images, settings.checkpoint],
+    )  # fmt: skip
+    if settings.output_folder:
+        settings.copies = _name_copies(settings.images, settings.output_folder)
+    else:
+        settings.copies = dict.fromkeys(settings.images, settings.output)
+    return settings
 
 
-def _name_copies(settings):
-    """Return picture -> path of its annotated copy, each a name of its own, and none a picture's."""
-    if settings.output or settings.export:
-        return dict.fromkeys(settings.images, settings.output)
-    copies, taken, originals = {}, set(), {os.path.realpath(path) for path in settings.images}
-    for path in settings.images:
-        stem, suffix = os.path.splitext(os.path.basename(path))
-        suffix = suffix if suffix.lower() in OUTPUT_FORMATS else ".jpg"
+def _make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
+    add("--checkpoint", default="coco", help="file of train.py or of a known system [torchvision's COCO weights]")
+    add("--output", metavar="FILE", help="annotated copy of one image [IMAGE with _detected before the suffix]")
+    add("--output-folder", metavar="DIR", help="folder for the annotated copies of several images [detected]")
+    add("--json", metavar="FILE", help="write one line of JSON per image: file, width, height, objects")
+    add("--min-score", type=float, default=DETECTION_LIMITS.min_score,
+        help="probability that every detection exceeds [%(default)s]")  # fmt: skip
+    add("--max-overlap", type=float, default=DETECTION_LIMITS.max_overlap,
+        help="jaccard overlap above which the weaker of two boxes of a class is suppressed [%(default)s]")  # fmt: skip
+    add("--top-k", type=int, default=DETECTION_LIMITS.top_k, help="most detections per image [%(default)s]")
+    add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out")
+    add("--explain", action="store_true",
+        help="for one image, draw what each feature map detects, and from which priors, instead")  # fmt: skip
+    add("--export", metavar="FILE.onnx", help="write the network as ONNX instead (needs onnx and onnxscript)")
+    return parser
+
+
+def _list_images(path):
+    """Return the image files in a folder, sorted; or, if the path is not a folder, the path itself."""
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    if not names:
+        raise InputError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}); give another one")
+    return [os.path.join(path, name) for name in names]
+
+
+def _default_output(settings):
+    stem, suffix = os.path.splitext(settings.images[0])
+    return f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
+
+
+def _name_copies(images, folder):
+    """Return image -> path of its annotated copy in a folder, each different.
+
+    :raises InputError: if a copy would replace one of the images
+    """
+    copies, taken, originals = {}, set(), {os.path.realpath(image) for image in images}
+    for image in images:
+        stem, suffix = os.path.splitext(os.path.basename(image))
+        suffix = suffix if suffix.lower() in WRITABLE_FORMATS else ".jpg"
         name, number = stem + suffix, 1
-        while name.lower() in taken:
+        while name.lower() in taken:  # some file systems ignore case
             number += 1
             name = f"{stem}_{number}{suffix}"
         taken.add(name.lower())
-        copies[path] = os.path.join(settings.output_folder, name)
-        if os.path.realpath(copies[path]) in originals:
-            raise InputError(f"{copies[path]}: is one of the pictures itself; give another --output-folder")
+        copies[image] = os.path.join(folder, name)
+        if os.path.realpath(copies[image]) in originals:
+            raise InputError(f"{copies[image]}: is one of the images itself; give another --output-folder")
     return copies
-
-
-def _save(picture, path):
-    try:
-        with atomic_writer(path) as file:
-            picture.save(file, OUTPUT_FORMATS[os.path.splitext(path)[1].lower()])
-    except (OSError, ValueError) as error:  # the disk, or more pixels than the format can hold
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be written ({reason}); give another --output or --output-folder") from error
 
 
 def main():
@@ -308,54 +313,77 @@ def main():
     settings = parse_arguments()
     device = find_device()
     choose_precision("fp32", device)
-    images = settings.images
     if settings.output:
-        read_image(*images)  # before a model is fetched
+        read_image(settings.images[0])  # report a bad image before a model is downloaded
     model = load_model(settings.checkpoint, device)
-    limits = settings.min_score, settings.max_overlap, settings.top_k
     if settings.export:
-        export(model, settings.export)
+        export_onnx(model, model.label_map, settings.export)
         print(f"network: {settings.export}")
         return
     model.to(memory_format=torch.channels_last)
+    limits = Limits(settings.min_score, settings.max_overlap, settings.top_k)
     if settings.explain:
-        _save(explain(read_image(*images), model, *limits, settings.suppress), settings.output)
+        write_image(explain(read_image(settings.images[0]), model, *limits, settings.suppress), settings.output)
         print(f"explanation: {settings.output}")
         return
+    n_failed = _process_files(settings, model, limits)
+    if n_failed:
+        sys.exit(1)
 
-    copies, colors, n_errors = settings.copies, label_color_map(model.label_map), 0
+
+def _process_files(settings, model, limits):
+    """Detect objects in all images, print them, and write annotated copies and JSON; return how many images failed."""
     if settings.output_folder:
         make_folder(settings.output_folder)
-    width = max(map(len, model.label_map))
+    colors = label_color_map(model.label_map)
+    results = find_in_files(settings.images, model, limits, settings.suppress)
+    is_quiet = True if len(settings.images) < MIN_IMAGES_FOR_PROGRESS else None  # None: only a terminal gets a bar
+    n_failed = 0
     with ExitStack() as files:
-        lines = files.enter_context(atomic_writer(settings.json)) if settings.json else None
-        found = find_in_files(images, model, *limits, settings.suppress)
-        for path, size, objects, error in tqdm(
-            found, "detecting", len(images), unit="image", disable=None if len(images) > N_QUIET else True
+        json_file = files.enter_context(atomic_writer(settings.json)) if settings.json else None
+        for path, size, detections, error in tqdm(
+            results, "detecting", len(settings.images), unit="image", disable=is_quiet
         ):
-            record = {"file": path}
-            if not error:
-                keys = ("label", "score", "box")
-                record |= {"width": size[0], "height": size[1]}
-                record["objects"] = [dict(zip(keys, thing, strict=True)) for thing in objects]
-                copy = f"annotated copy: {copies[path]}"
-                try:
-                    _save(annotate(read_image(path), objects, colors), copies[path])
-                except InputError as failure:
-                    if settings.output:
-                        raise
-                    error, copy = str(failure), "no annotated copy"
-                tqdm.write(f"{path}, {size[0]} x {size[1]}: {len(objects)} objects; {copy}")
-                for name, score, box in objects:
-                    tqdm.write(f"{name:{width}} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
-            if error:
-                n_errors += 1
-                record["error"] = error
+            if error is None:
+                error = _write_copy(path, detections, colors, settings)
+                _print_detections(path, size, detections, None if error else settings.copies[path], model.label_map)
+            if error is not None:
+                n_failed += 1
                 tqdm.write(f"error: {error}", file=sys.stderr)
-            if lines:
-                lines.write(encode_json(record) + b"\n")
-    if n_errors:
-        sys.exit(1)
+            if json_file:
+                json_file.write(encode_json(_make_record(path, size, detections, error)) + b"\n")
+    return n_failed
+
+
+def _write_copy(path, detections, colors, settings):
+    """Write the annotated copy of an image; return None, or the error if it is one of several and cannot be written."""
+    try:
+        write_image(annotate(read_image(path), detections, colors), settings.copies[path])
+    except InputError as error:
+        if settings.output:
+            raise
+        return str(error)
+    return None
+
+
+def _print_detections(path, size, detections, copy, label_map):
+    """Print an image's detections, and the path of its annotated copy, which is None if it could not be written."""
+    copy = "no annotated copy" if copy is None else f"annotated copy: {copy}"
+    tqdm.write(f"{path}, {size[0]} x {size[1]}: {len(detections)} objects; {copy}")
+    width = max(map(len, label_map))
+    for label, score, box in detections:
+        tqdm.write(f"{label:{width}} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
+
+
+def _make_record(path, size, detections, error):
+    """Return what a line of the JSON file says of an image."""
+    record = {"file": path}
+    if size is not None:
+        record |= {"width": size[0], "height": size[1]}
+        record["objects"] = [detection._asdict() for detection in detections]
+    if error is not None:
+        record["error"] = error
+    return record
 
 
 if __name__ == "__main__":

@@ -2,119 +2,210 @@
 
 python eval.py --data-folder data/voc --checkpoint runs/voc/checkpoint.pth
 python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth --results results.json
+torchrun --nproc-per-node=2 eval.py --data-folder data/voc --checkpoint runs/voc/checkpoint.pth
 """
 
 import argparse
 import math
 import os
 import time
+from collections import namedtuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import load_model
 from datasets import PascalVOCDataset, collate_fn
-from devices import PRECISIONS, batches_on, choose_precision, count_cores, find_device, mixed_precision, name_hardware
-from files import InputError, check_folder, check_targets, run_command, write_json
-from report import import_matplotlib, write_report
-from results import (
-    bootstrap,
+from model import EVALUATION_LIMITS, Limits, load_model
+from support.devices import (
+    PRECISIONS,
+    batches_on,
+    choose_precision,
+    count_cores,
+    gather_over_processes,
+    ignore_signals,
+    join_processes,
+    leave_processes,
+    mixed_precision,
+    n_processes,
+    name_hardware,
+    rank,
+    sum_over_processes,
+)
+from support.files import InputError, check_targets, run_command, write_json
+from support.report import import_report_packages, write_report
+from support.results import (
+    class_rows,
     coco_results,
     coco_scores,
     count_objects,
+    format_table,
     image_names,
     image_sizes,
     import_pycocotools,
-    interval,
-    make_evidence,
     name_voc_results,
-    read_results,
+    read_evidence,
     show_scores,
-    summarize,
     write_voc_results,
 )
-from utils import mean_average_precision, precision_recall_curves
-
-MIN_SCORE = 0.01  # probability; Caffe's confidence_threshold at test time (ssd_pascal.py)
-MAX_OVERLAP = 0.45  # jaccard overlap; Caffe's nms_threshold
-TOP_K = 200  # detections an image; Caffe's keep_top_k
+from utils import (
+    MIN_TRUE_OVERLAP,
+    average_precision,
+    best_objects_of_other_classes,
+    mean_average_precision,
+    precision_recall_curves,
+)
 
 
 def parse_arguments(arguments=None):
-    """Return the command line's settings."""
+    """Return the settings of the command line; raises InputError if they are impossible."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data-folder", required=True, help="folder with the lists of create_data_lists.py")
-    parser.add_argument("--checkpoint", default="coco", help="of train.py or a known system [torchvision's coco]")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time")
-    parser.add_argument("--workers", type=int, default=count_cores(),
-                        help="processes that load images, 0 for none [the processor's cores, 16 at most]")  # fmt: skip
-    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="fp32",
-                        help="of the network's arithmetic; auto: bf16 on a GPU made for it [%(default)s]")  # fmt: skip
-    parser.add_argument("--results", metavar="FILE", help="write all figures to this JSON file")
-    parser.add_argument("--report", metavar="DIR", help="write a page with curves, confusions and worst mistakes there")
-    parser.add_argument("--voc-results", metavar="DIR", help="write the files that VOC's own evaluations read there")
-    parser.add_argument("--detections", metavar="FILE", help="write the detections in COCO's results format")
-    parser.add_argument("--coco", action="store_true", help="print COCO's average precision, too (pycocotools)")
-    parser.add_argument("--bootstrap", type=int, default=0, metavar="N",
-                        help="95%% interval of the mAP by N samples of the images")  # fmt: skip
-    parser.add_argument("--against", metavar="FILE",
-                        help="difference to another --results file, with its interval [1000 samples]")  # fmt: skip
+    add = parser.add_argument
+    add("--data-folder", required=True, help="folder with the lists of create_data_lists.py")
+    add("--checkpoint", default="coco", help="of train.py or a known system [torchvision's coco]")
+    add("--batch-size", type=int, default=32, help="images per batch [%(default)s]")
+    add("--workers", type=int, default=count_cores(),
+        help="processes that load images, 0 for none [the processor's cores, 16 at most]")  # fmt: skip
+    add("--precision", choices=["auto", *PRECISIONS], default="fp32",
+        help="of the network's arithmetic; auto: bf16 on a GPU that supports it [%(default)s]")  # fmt: skip
+    add("--min-score", type=float, default=EVALUATION_LIMITS.min_score,
+        help="probability that every detection exceeds [%(default)s]")  # fmt: skip
+    add("--max-overlap", type=float, default=EVALUATION_LIMITS.max_overlap,
+        help="overlap with a better detection of its class above which one is suppressed [%(default)s]")  # fmt: skip
+    add("--top-k", type=int, default=EVALUATION_LIMITS.top_k, help="most detections per image [%(default)s]")
+    add("--results", metavar="FILE", help="write all figures to this JSON file")
+    add("--report", metavar="DIR", help="write a page with curves, confusions and the worst mistakes to this folder")
+    add("--voc-results", metavar="DIR", help="write the files that VOC's own evaluations read to this folder")
+    add("--detections", metavar="FILE", help="write the detections in COCO's results format")
+    add("--coco", action="store_true", help="also print COCO's average precision (needs pycocotools)")
+    add("--bootstrap", type=int, default=0, metavar="N", help="95%% interval of the mAP from N samples of the images")
+    add("--against", metavar="FILE",
+        help="difference to another --results file, with its 95%% interval [1000 samples]")  # fmt: skip
     settings = parser.parse_args(arguments)
+
     if settings.batch_size < 1 or settings.workers < 0 or settings.bootstrap < 0:
         raise InputError("--batch-size must be 1 or more, --workers and --bootstrap 0 or more")
+    if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
+        raise InputError("--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more")
     if settings.against and not os.path.isfile(settings.against):
-        raise InputError(f"{settings.against}: no such file; give one of an earlier --results")
+        raise InputError(f"{settings.against}: no such file; give one that eval.py --results wrote")
     settings.bootstrap = settings.bootstrap or (1000 if settings.against else 0)
     if settings.report:
-        import_matplotlib()
+        import_report_packages()
     if settings.coco:
         import_pycocotools()
-    lists = [os.path.join(settings.data_folder, f"TEST_{part}.json") for part in ("images", "objects")]
-    inputs = [*lists, os.path.join(settings.data_folder, "label_map.json"), settings.checkpoint]
-    inputs += [settings.against] if settings.against else []
-    check_targets(settings.results, settings.detections, inputs=inputs)
-    for folder in (settings.report, settings.voc_results):
-        if folder:
-            check_folder(folder)
+    names = ("TEST_images.json", "TEST_objects.json", "label_map.json")
+    lists = [os.path.join(settings.data_folder, name) for name in names]
+    inputs = [settings.checkpoint, *lists, *filter(None, [settings.against])]
+    folders = [settings.report, settings.voc_results]
+    check_targets(settings.results, settings.detections, folders=folders, inputs=inputs)
     return settings
 
 
-@torch.inference_mode()
-def detect_all(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, top_k=TOP_K, precision="fp32"):
-    """Detect objects in all test images; parameters as for `evaluate`.
+# ---------------------------------------------------------------------------------------------------------
+# Detecting and scoring
+# ---------------------------------------------------------------------------------------------------------
 
-    :return: six lists, a tensor per image (detected boxes, labels, scores, true boxes, labels, difficulties), and
-        {"waiting", "network", "post_processing": seconds}; waiting is for images to be loaded
+
+def evaluation_loader(dataset, batch_size, workers, device):
+    """Return a DataLoader of a data set in its order, or of this process's share: of n processes every n-th batch."""
+    starts = range(0, len(dataset), batch_size)
+    batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
+    return DataLoader(
+        dataset, batch_sampler=batches[rank() :: n_processes()], collate_fn=collate_fn, num_workers=workers,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criterion=None, interruption=None):
+    """Detect the objects in all images, for evaluation and for validation. Leaves the model in eval mode.
+
+    Several processes call it together, each with its `evaluation_loader`; all of them get the results of all.
+
+    :param loader: batches of `collate_fn`
+    :param limits: of `SSD300.detect_objects`; None detects nothing
+    :param precision: of the network's arithmetic, a key of PRECISIONS
+    :param criterion: MultiBoxLoss; with it, the loss is computed, too
+    :param interruption: support.devices.Interruption, which ends the work early
+    :return: detections (boxes, labels, scores) and ground_truth (boxes, labels, difficulties), three lists each of one
+        tensor per image, boxes fractional xy, all empty if limits is None; figures: "waiting_seconds" for images,
+        "network_seconds", "post_processing_seconds", all of this process, and with a criterion "loss", that of all
+        images as one batch. If any process was interrupted, None instead of the three.
     """
     model.eval()
     device = model.priors_cxcy.device
-    found = [[] for _ in range(6)]
-    seconds = {"waiting": 0.0, "network": 0.0, "post_processing": 0.0}
-    asked = time.perf_counter()
-    for images, *objects in batches_on(device, tqdm(test_loader, "evaluating", unit="batch", disable=None)):
+    figures = {"waiting_seconds": 0.0, "network_seconds": 0.0, "post_processing_seconds": 0.0}
+    loss_sums = torch.zeros(2, device=device)  # loss times positives, positives
+    batches = []  # of each batch: six lists of one array per image, which other processes get faster than tensors
+    title = "validating" if criterion else "evaluating"
+    bar = tqdm(loader, title, unit="batch", leave=criterion is None, disable=rank() > 0 or None)
+    requested = time.perf_counter()
+    for images, *targets in batches_on(device, bar):
+        if interruption and interruption.requested:
+            break
         started = _now(device)
         with mixed_precision(precision, device):
             predictions = model(images)
         predicted = _now(device)
-        detected = model.detect_objects(*predictions, min_score, max_overlap, top_k)
-        collect(found, (*detected, *objects))
-        seconds["waiting"] += started - asked
-        seconds["network"] += predicted - started
-        asked = _now(device)
-        seconds["post_processing"] += asked - predicted
-    return found, seconds
+        if criterion:
+            confidence, localization, n_positives = criterion.parts(*predictions, *targets[:2])
+            loss = confidence + criterion.alpha * localization
+            loss_sums += torch.stack([loss * n_positives, n_positives])
+        if limits:
+            results = (*model.detect_objects(*predictions, *limits), *targets)
+            batches.append([[tensor.cpu().numpy() for tensor in part] for part in results])
+        figures["waiting_seconds"] += started - requested
+        figures["network_seconds"] += predicted - started
+        requested = _now(device)
+        figures["post_processing_seconds"] += requested - predicted
+    if interruption and interruption.agreed():
+        return None
+
+    batches = gather_over_processes(batches)  # in the order of the data set
+    parts = [[torch.from_numpy(array) for batch in batches for array in batch[part]] for part in range(6)]
+    if criterion:
+        total, n_positives = sum_over_processes(loss_sums)
+        figures["loss"] = (total / n_positives.clamp(min=1)).item()
+    return parts[:3], parts[3:], figures
 
 
-def score(found, label_map):
-    """Score detections; parameters as for `precision_recall_curves`, in one.
+def _now(device):
+    """Return the time in seconds after the GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
-    :return: dict of plain values as for `evaluate`, and the curves
+
+Evaluation = namedtuple("Evaluation", "results curves detections ground_truth")
+
+
+def evaluate(loader, model, limits=EVALUATION_LIMITS, precision="fp32"):
+    """Detect the objects in all images and score the detections.
+
+    :param loader: batches of `collate_fn`, of a data set that keeps difficult objects
+    :param model: SSD300 with its label_map
+    :param limits, precision: see `detect_all`
+    :return: Evaluation of: results, plain values by name, as from `detect_all` and `score`, and "images", their number;
+        curves; detections; ground_truth
+    """
+    detections, ground_truth, figures = detect_all(loader, model, limits, precision)
+    results, curves = score(detections, ground_truth, model.label_map)
+    return Evaluation({"images": len(detections[0]), **figures, **results}, curves, detections, ground_truth)
+
+
+def score(detections, ground_truth, label_map):
+    """Score detections by both rules of Pascal VOC.
+
+    :param detections, ground_truth: as from `detect_all`
+    :return: plain values by name: "mAP_11_point" and "mAP_area"; "AP_11_point" and "AP_area", by class name;
+        "scoring_seconds"; None for a value that does not exist without objects to detect. And the curves.
     """
     started = time.perf_counter()
-    curves = precision_recall_curves(*found, label_map=label_map)
+    curves = precision_recall_curves(*detections, *ground_truth, label_map=label_map)
     results = {}
     for key, method in (("11_point", "11-point"), ("area", "area")):
         average_precisions, mean = mean_average_precision(curves, method)
@@ -124,100 +215,121 @@ def score(found, label_map):
     return results, curves
 
 
-def evaluate(test_loader, model, min_score=MIN_SCORE, max_overlap=MAX_OVERLAP, top_k=TOP_K, precision="fp32"):
-    """Detect objects in all test images and score them.
-
-    :param test_loader: batches as collate_fn makes them, of a data set with difficult objects kept
-    :param model: SSD300 with its label_map
-    :param min_score, max_overlap, top_k: of `detect_objects`
-    :param precision: of the network's arithmetic, a key of PRECISIONS
-    :return: dict of plain values: "mAP_11_point" and "mAP_area"; "AP_11_point" and "AP_area", by class name, None
-        where a class has no objects; seconds in all: "waiting_seconds" for images, "network_seconds",
-        "post_processing_seconds", "scoring_seconds"; "images", their number
-    """
-    found, seconds = detect_all(test_loader, model, min_score, max_overlap, top_k, precision)
-    results, _ = score(found, model.label_map)
-    return {"images": len(found[0]), **{f"{part}_seconds": spent for part, spent in seconds.items()}, **results}
-
-
-def collect(found, batch):
-    """Append a batch's detected boxes, labels and scores and its true boxes, labels and difficulties to six lists."""
-    for collected, tensors in zip(found, batch, strict=True):
-        collected.extend(tensor.cpu() for tensor in tensors)
-
-
-def _now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _none_for_nan(value):
-    return None if math.isnan(value) else value
+    return None if math.isnan(value) else value  # JSON has no NaN
 
 
-def print_results(results, curves):
-    """Print both mAPs, the table of classes, and where the time went."""
-    mean, area = (results[f"mAP_{key}"] for key in ("11_point", "area"))
-    if mean is None:
-        print("mAP: none, for the test split has no object to be found")
-    else:
-        print(f"mAP {mean:.4f} by the 11-point rule of VOC2007")
-        print(
-            f"    {area:.4f} by the area under the curve, the rule from VOC2010 on: not to be compared with the first"
-        )
-    width = max(len(name) for name in [*curves, "class"])
-    columns = ("objects", "detections", "11-point", "area", "recall", "precision", "recall", "score")
-    print(f"\n{'':{width}} {'':>9} {'':>10}      average precision   of all          at the best F1")
-    print(f"{'class':{width}} " + " ".join(f"{column:>10}" for column in columns))
-    for name, curve in curves.items():
-        if curve is None:
-            print(f"{name:{width}} {0:10}   no object to be found: left out of the mean")
-            continue
-        figures = summarize(curve)
-        values = (results["AP_11_point"][name], results["AP_area"][name],
-                  *(figures[key] for key in ("recall", "precision", "recall_at_best", "score")))  # fmt: skip
-        counts = f"{figures['objects']:10} {figures['detections']:10} "
-        print(f"{name:{width}} {counts}" + " ".join(f"{value:10.4f}" for value in values))
-    n_images = results["images"]
-    parts = ("waiting", "network", "post_processing", "scoring")
-    total = sum(results[f"{part}_seconds"] for part in parts)
-    print(f"\n{n_images / total:.1f} images/s over {n_images} images on {results['device']}, {results['precision']}, "
-          f"batches of {results['batch_size']}; in ms per image:")  # fmt: skip
-    shares = (f"{name} {1000 * results[f'{part}_seconds'] / n_images:.1f}" for name, part in zip(
-        ("waiting for images to be decoded", "network", "post-processing", "scoring"), parts, strict=True))  # fmt: skip
-    print("  " + ", ".join(shares))
+# ---------------------------------------------------------------------------------------------------------
+# How much of it is chance
+# ---------------------------------------------------------------------------------------------------------
 
 
-def print_significance(results, evidence, settings, other=None):
-    """Print the interval of the mAP, and of its difference to another evaluation; return both as plain values.
+def make_evidence(curves):
+    """Return what the mAP is computed from, in plain values, for each class that is scored.
 
-    :param other: what `read_results` returns of the other evaluation
+    :return: {class name: {"images": index of each detection's image, best detection first; "right": 0 or 1 for each
+        detection; "objects": number of objects to detect in each image}}
     """
-    samples = bootstrap(evidence, *([other[1]] if other else []), n=settings.bootstrap)
-    bounds = interval(samples[0])
-    print(f"\n95% interval of the 11-point mAP: {bounds[0]:.4f} to {bounds[1]:.4f}, by {settings.bootstrap} samples")
-    significance = {"samples": settings.bootstrap, "mAP_interval": bounds}
-    if other:
-        difference, bounds = results["mAP_11_point"] - other[0], interval(samples[0] - samples[1])
-        verdict = "is more than chance" if bounds[0] > 0 or bounds[1] < 0 else "may be chance"
-        print(f"difference to {settings.against}: {difference:+.4f}, 95% interval "
-              f"{bounds[0]:+.4f} to {bounds[1]:+.4f}: it {verdict}")  # fmt: skip
-        significance |= {"against": settings.against, "difference": difference, "difference_interval": bounds}
+    return {
+        name: {
+            "images": curve.images.tolist(), "right": curve.right.astype(int).tolist(),
+            "objects": curve.n_objects.tolist(),
+        }
+        for name, curve in curves.items() if curve.is_scored
+    }  # fmt: skip
+
+
+def bootstrap(*evidences, n=1000, seed=0):
+    """Return the 11-point mAPs (len(evidences), n) of n samples of the images, drawn with replacement.
+
+    All evidences are given the same samples, so that their difference is computed pair by pair.
+
+    :param evidences: as from `make_evidence`, of the same images in the same order
+    """
+    arrays = [_as_arrays(evidence) for evidence in evidences]
+    n_images = len(arrays[0][0][2])
+    rng = np.random.default_rng(seed)
+    means = np.zeros((len(evidences), n))
+    for sample in tqdm(range(n), "resampling", leave=False, disable=None):
+        times = np.bincount(rng.integers(n_images, size=n_images), minlength=n_images)
+        means[:, sample] = [_resampled_map(classes, times) for classes in arrays]
+    return means
+
+
+def _as_arrays(evidence):
+    """Return (images, right, objects) of each class as arrays."""
+    keys = ("images", "right", "objects")
+    return [[np.asarray(part[key], np.int64) for key in keys] for part in evidence.values()]
+
+
+def _resampled_map(classes, times=None):
+    """Return the 11-point mAP of a test set that holds image i times[i] times (None: once); NaN without objects."""
+    times = np.ones_like(classes[0][2]) if times is None else times
+    scored = []
+    for images, right, objects in classes:
+        n_objects = times @ objects
+        if n_objects:
+            weights = times[images]
+            true_positives = np.cumsum(weights * right)
+            precision = true_positives / np.cumsum(weights).clip(1)
+            scored.append(average_precision(precision, true_positives / n_objects))
+    return np.mean(scored) if scored else math.nan
+
+
+def interval(values, share=0.95):
+    """Return the bounds of the central interval that holds this share of the values."""
+    return tuple(np.nanquantile(values, [(1 - share) / 2, (1 + share) / 2]).tolist())
+
+
+def print_significance(evidence, n, other=None, path=None):
+    """Print the 95% interval of the 11-point mAP, and of its difference to another evaluation; return plain values.
+
+    Both mAPs are computed here, because files of earlier versions hold one by a slightly different rule.
+
+    :param evidence, other: as from `make_evidence` and `read_evidence`; the other one was read from `path`
+    :param n: number of samples
+    """
+    evidences = [evidence] if other is None else [evidence, other]
+    samples = bootstrap(*evidences, n=n)
+    low, high = interval(samples[0])
+    print(f"\n95% interval of the 11-point mAP: {low:.4f} to {high:.4f}, from {n} samples")
+    significance = {"samples": n, "mAP_interval": (low, high)}
+    if other is not None:
+        ours, theirs = (_resampled_map(_as_arrays(part)) for part in evidences)
+        low, high = interval(samples[0] - samples[1])
+        verdict = "is more than chance" if low > 0 or high < 0 else "may be chance"
+        print(f"difference to {path}: {ours - theirs:+.4f}, 95% interval {low:+.4f} to {high:+.4f}: it {verdict}")
+        significance |= {"against": path, "difference": float(ours - theirs), "difference_interval": (low, high)}
     return significance
 
 
-def write_results(path, results, names, evidence):
-    """Write the figures and what they rest on as JSON, if a path is given."""
-    if path:
-        write_json({path: {**results, "image_names": names, "evidence": evidence}})
+def print_results(results, rows):
+    """Print both mAPs, the table of classes, and where the time went."""
+    mean, area = results["mAP_11_point"], results["mAP_area"]
+    if mean is None:
+        print("mAP: none, because the test split has no objects to detect")
+    else:
+        print(f"mAP {mean:.4f} by the 11-point rule of VOC2007")
+        print(f"    {area:.4f} by the area under the curve, the rule since VOC2010; do not compare it with the first")
+    print(f"at most {results['top_k']} detections per image, scores above {results['min_score']:g}, suppressed at "
+          f"overlaps above {results['max_overlap']:g}\n")  # fmt: skip
+
+    print(format_table(rows))
+    n_images = results["images"]
+    parts = {
+        "waiting for images": "waiting_seconds", "network": "network_seconds",
+        "post-processing": "post_processing_seconds", "scoring": "scoring_seconds",
+    }  # fmt: skip
+    speed = n_images / sum(results[key] for key in parts.values())
+    print(f"\n{speed:.1f} images/s over {n_images} images on {results['device']}, {results['precision']}, "
+          f"batches of {results['batch_size']}; in ms per image:")  # fmt: skip
+    print("  " + ", ".join(f"{name} {1000 * results[key] / n_images:.1f}" for name, key in parts.items()))
 
 
-def main():
-    """Run the command line."""
-    settings = parse_arguments()
+def run(settings, device):
+    """Evaluate by the settings of the command line, and print and write the results in the first process."""
+    # Read and check the inputs before the work.
     dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
-    device = find_device()
     precision = choose_precision(settings.precision, device)
     model = load_model(settings.checkpoint, device, dataset.label_map)
     if model.label_map != dataset.label_map:
@@ -229,41 +341,58 @@ def main():
     if settings.bootstrap:
         n_objects = count_objects(dataset.objects, dataset.label_map)
         if not n_objects:
-            folder = settings.data_folder
-            raise InputError(f"--bootstrap, --against: the test split of {folder} has no object to be found")
-        other = read_results(settings.against, names, n_objects) if settings.against else None
+            raise InputError(f"--bootstrap, --against: {settings.data_folder} has no test objects to detect")
+        other = read_evidence(settings.against, names, n_objects) if settings.against else None
     if settings.voc_results:
         name_voc_results(settings.voc_results, names, dataset.label_map)
-    loader = DataLoader(
-        dataset, batch_size=settings.batch_size, collate_fn=collate_fn, num_workers=settings.workers,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    model.to(memory_format=torch.channels_last)  # faster, on a CPU too
-    found, seconds = detect_all(loader, model, precision=precision)
-    results, curves = score(found, model.label_map)
+
+    # Detect and score.
+    model.to(memory_format=torch.channels_last)  # faster, even on a CPU
+    limits = Limits(settings.min_score, settings.max_overlap, settings.top_k)
+    loader = evaluation_loader(dataset, settings.batch_size, settings.workers, device)
+    evaluation = evaluate(loader, model, limits, precision)
+    if rank() > 0:
+        return
+    results, curves, detections, ground_truth = evaluation
     results = {
-        "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "images": len(dataset),
-        "device": name_hardware(),
-        "precision": precision, "batch_size": settings.batch_size,
-        **{f"{part}_seconds": spent for part, spent in seconds.items()}, **results,
+        "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "device": name_hardware(),
+        "processes": n_processes(), "precision": precision, "batch_size": settings.batch_size, **limits._asdict(),
+        **results,
     }  # fmt: skip
+
+    # Print and write; the results first, so that nothing that fails later costs them.
     evidence = make_evidence(curves)
-    write_results(settings.results, results, names, evidence)  # whatever becomes of the rest
-    print_results(results, curves)
+    basis = {"image_names": names, "evidence": evidence}
+    if settings.results:
+        write_json({settings.results: results | basis})
+    print_results(results, class_rows(results, curves))
     if settings.bootstrap:
-        results["significance"] = print_significance(results, evidence, settings, other)
+        results["significance"] = print_significance(evidence, settings.bootstrap, other, settings.against)
     sizes = image_sizes(dataset.images) if settings.coco or settings.voc_results or settings.detections else None
     if settings.coco:
-        results["coco"] = coco_scores(found, names, sizes, model.label_map)
+        results["coco"] = coco_scores(detections, ground_truth, names, sizes, model.label_map)
         print(f"\nCOCO's rules: {show_scores(results['coco'])}")
-    write_results(settings.results, results, names, evidence)
+    if settings.results:
+        write_json({settings.results: results | basis})
     if settings.voc_results:
-        write_voc_results(settings.voc_results, found, names, sizes, model.label_map)
+        write_voc_results(settings.voc_results, detections, names, sizes, model.label_map)
     if settings.detections:
-        write_json({settings.detections: coco_results(found, names, sizes)})
+        write_json({settings.detections: coco_results(detections, names, sizes)})
     if settings.report:
-        write_report(settings.report, results, curves, found, dataset)
+        others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
+        evaluation = evaluation._replace(results=results)
+        write_report(settings.report, evaluation, others, dataset, MIN_TRUE_OVERLAP)
         print(f"report: {os.path.join(settings.report, 'index.html')}")
+
+
+def main():
+    """Run the command line."""
+    settings = parse_arguments()
+    device = join_processes()
+    try:
+        run(settings, device)
+    finally:
+        leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016): the network, its priors, its loss.
 
-model = SSD300(n_classes=21)
+model = SSD300(n_classes=21)  # or load_model("runs/voc/checkpoint.pth")
 predicted_locs, predicted_scores = model(images)  # (N, 3, 300, 300), ImageNet-normalised
-boxes, labels, scores = model.detect_objects(
-    predicted_locs, predicted_scores, min_score=0.2, max_overlap=0.45, top_k=200
-)
+boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, *DETECTION_LIMITS)
 """
 
 import math
-import os
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -16,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from files import InputError
+from support.checkpoints import KNOWN_SYSTEMS, read_weights
+from support.download import fetch_weights
+from support.files import InputError
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -53,20 +53,23 @@ FEATURE_MAPS = {
     "conv11_2": (1, 256, 4),
 }
 
-# Families of priors. scales: side of the square prior of each feature map in image sides, and one more, for the
-# geometric mean with the next; steps: distance of the cells' centres in image sides; aspect_ratios: width over
-# height, in the family's order, of which a feature map with 4 priors takes those up to 2.
+# Families of priors; all lengths are in image sides.
+# scales: side of the square prior of each feature map, and one more for the extra prior of the last feature map: an
+#   extra prior's side is the geometric mean of its feature map's scale and the next one
+# steps: distance between the centres of neighbouring cells of each feature map
+# aspect_ratios: width over height, in the order of the priors in a cell; a feature map with 4 priors takes 2 and 1/2
+# clip_centers: whether centres beyond the image's border are moved onto it
 _CAFFE_STEPS = tuple(step / 300 for step in (8, 16, 32, 64, 100, 300))
 PRIOR_FAMILIES = {
-    # Paper §2.2: 0.1, then 0.2 ... 0.9. As in the public tutorial, the last extra prior is the whole image and
-    # the ratio 1/3 is written 0.333: networks trained with them decode exactly.
+    # Paper: scales 0.2 ... 0.9 (§2.2) and 0.1 for conv4_3 (§3.1). As in the public tutorial, the last extra prior is
+    # the whole image and the ratio 1/3 is written 0.333, so that networks trained with it decode exactly.
     "paper": {
         "scales": (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1 / 0.9),
         "steps": tuple(1 / cells for cells, _, _ in FEATURE_MAPS.values()),
         "aspect_ratios": (2, 3, 0.5, 0.333),
         "clip_centers": False,
     },
-    # The released VOC networks: ssd_pascal.py, min_sizes and max_sizes in pixels of 300.
+    # The released VOC networks: ssd_pascal.py, min_sizes and max_sizes in pixels of 300. ssd.pytorch clips centres.
     "caffe": {
         "scales": tuple(size / 300 for size in (30, 60, 111, 162, 213, 264, 315)),
         "steps": _CAFFE_STEPS,
@@ -83,13 +86,25 @@ PRIOR_FAMILIES = {
 }
 
 
+class Limits(NamedTuple):
+    """The limits of `SSD300.detect_objects`."""
+
+    min_score: float  # probability that every detection exceeds
+    max_overlap: float  # jaccard overlap with a better detection of its class above which a detection is suppressed
+    top_k: int  # most detections per image, all classes together
+
+
+EVALUATION_LIMITS = Limits(0.01, 0.45, 200)  # ssd_pascal.py: confidence_threshold, nms_threshold, keep_top_k
+DETECTION_LIMITS = Limits(0.2, 0.5, 200)  # detect.py of the public tutorial
+
+
 class VGGBase(nn.Module):
     """VGG-16 with conv6 and conv7 in place of its fully connected layers (paper §3.1).
 
     (N, 3, 300, 300) -> conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19)
 
-    :param pretrained: take torchvision's ImageNet weights, fetched once
-    :raises InputError: where these cannot be had
+    :param pretrained: start from torchvision's ImageNet weights, which are downloaded once
+    :raises InputError: if these cannot be downloaded
     """
 
     def __init__(self, pretrained=True):
@@ -101,14 +116,14 @@ class VGGBase(nn.Module):
                 channels = width
         self.pool1 = self.pool2 = self.pool4 = nn.MaxPool2d(2, 2)
         self.pool3 = nn.MaxPool2d(2, 2, ceil_mode=True)  # 75 -> 38, not 37
-        self.pool5 = nn.MaxPool2d(3, 1, padding=1)  # keeps 19, where VGG halves
-        self.conv6 = nn.Conv2d(512, 1024, 3, padding=6, dilation=6)  # a trous: the reach of fc6 with fewer weights
+        self.pool5 = nn.MaxPool2d(3, 1, padding=1)  # keeps 19 cells; VGG's halves them
+        self.conv6 = nn.Conv2d(512, 1024, 3, padding=6, dilation=6)  # a trous: fc6's receptive field, fewer weights
         self.conv7 = nn.Conv2d(1024, 1024, 1)
 
         if pretrained:
             self.load_pretrained_layers()
         else:
-            # From scratch, 15 layers keep the size of their signal only with He's initialisation.
+            # From scratch, the signal fades over 15 layers unless they are initialised as by He et al.
             _initialize(self, nn.init.kaiming_normal_, nonlinearity="relu")
 
     def forward(self, images):
@@ -123,9 +138,9 @@ class VGGBase(nn.Module):
         return conv4_3, F.relu(self.conv7(F.relu(self.conv6(x), inplace=True)), inplace=True)
 
     def load_pretrained_layers(self):
-        """Take over torchvision's ImageNet VGG-16: its convolutions, and fc6 and fc7 decimated.
+        """Load the convolutions of torchvision's ImageNet VGG-16, and its fc6 and fc7 decimated (paper §3.1).
 
-        fc6 is a 7x7 convolution with 4096 filters; every 4th filter, every 3rd row and column remain.
+        Written as a convolution, fc6 has 4096 filters of 7x7: every 4th filter, every 3rd row and column are kept.
         """
         pretrained = fetch_weights(
             torchvision.models.VGG16_Weights.IMAGENET1K_V1, "train from scratch with --no-pretrained"
@@ -142,7 +157,7 @@ class VGGBase(nn.Module):
 
 
 class AuxiliaryConvolutions(nn.Module):
-    """The layers behind the base that give ever coarser feature maps (paper §2.1).
+    """The layers after the base, which compute ever coarser feature maps (paper §2.1).
 
     conv7 (N, 1024, 19, 19) -> conv8_2 (N, 512, 10, 10), conv9_2 (N, 256, 5, 5), conv10_2 (N, 256, 3, 3),
     conv11_2 (N, 256, 1, 1)
@@ -155,7 +170,7 @@ class AuxiliaryConvolutions(nn.Module):
         _initialize(self, nn.init.xavier_uniform_)
 
     def forward(self, conv7):
-        """Return the four feature maps, after their ReLU, for the base's conv7 (N, 1024, 19, 19)."""
+        """Return the four feature maps after their ReLU, given conv7 (N, 1024, 19, 19)."""
         feature_maps, x = [], conv7
         for name in AUXILIARY_LAYERS:
             x = F.relu(self.get_submodule(name)(x), inplace=True)
@@ -165,7 +180,7 @@ class AuxiliaryConvolutions(nn.Module):
 
 
 class PredictionConvolutions(nn.Module):
-    """A 3x3 convolution for the boxes and one for the classes on each of the six feature maps (paper §2.1).
+    """Two 3x3 convolutions on each of the six feature maps: one predicts boxes, one classes (paper §2.1).
 
     six feature maps -> locs (N, 8732, 4), gcxgcy; scores (N, 8732, n_classes), before softmax
     """
@@ -179,7 +194,7 @@ class PredictionConvolutions(nn.Module):
         _initialize(self, nn.init.xavier_uniform_)
 
     def forward(self, *feature_maps):
-        """Return locs (N, 8732, 4) and scores (N, 8732, n_classes) for the maps in the order of FEATURE_MAPS."""
+        """Return locs (N, 8732, 4) and scores (N, 8732, n_classes), given the maps in the order of FEATURE_MAPS."""
         n_images = feature_maps[0].size(0)
         predictions = []
         for prefix, n_values in (("loc", 4), ("cl", self.n_classes)):
@@ -194,13 +209,14 @@ class PredictionConvolutions(nn.Module):
 
 
 class SSD300(nn.Module):
-    """The whole network: base, auxiliary and prediction convolutions, and the priors they speak of.
+    """The whole network: base, auxiliary and prediction convolutions, and its priors.
 
-    :param n_classes: number of classes, background among them
+    :param n_classes: number of classes, background included
     :param pretrained: start the base from ImageNet weights
     :param priors: family of the priors, a key of PRIOR_FAMILIES
-    :param pixel_mean: for a network that was trained on RGB of 0-255 minus a mean, that mean (red, green, blue);
-        the network then makes its input of the ImageNet-normalised one itself
+    :param pixel_mean: None, or the mean (red, green, blue) of a network that was trained on RGB of 0-255 minus a mean:
+        it converts its ImageNet-normalised input itself
+    :raises ValueError: if the family of priors is unknown
     """
 
     def __init__(self, n_classes, pretrained=True, priors="paper", pixel_mean=None):
@@ -209,17 +225,17 @@ class SSD300(nn.Module):
             raise ValueError(f"priors must be one of {', '.join(PRIOR_FAMILIES)}, not {priors!r}")
         self.n_classes = n_classes
         self.priors = priors
-        self.label_map = None  # class name -> index, where known
+        self.label_map = None  # class name -> index, if known
         self.base = VGGBase(pretrained)
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
-        # Scale of each channel of conv4_3 after its L2 normalisation, learned (paper §3.1, [12] ParseNet).
+        # Learned scale of each channel of conv4_3 after its L2 normalisation (paper §3.1; ParseNet).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
         self.set_pixel_mean(pixel_mean)
-        self.register_buffer("priors_cxcy", self.create_prior_boxes(), persistent=False)
+        self.register_buffer("priors_cxcy", create_prior_boxes(priors), persistent=False)
 
     def forward(self, images):
-        """Return locs (N, 8732, 4), gcxgcy, and scores (N, 8732, n_classes) for images (N, 3, 300, 300)."""
+        """Return locs (N, 8732, 4), gcxgcy, and scores (N, 8732, n_classes), given images (N, 3, 300, 300)."""
         if self.pixel_mean is not None:
             images = images * self.input_scale + self.input_shift
         conv4_3, conv7 = self.base(images)
@@ -229,46 +245,31 @@ class SSD300(nn.Module):
         return locs, scores
 
     def set_pixel_mean(self, pixel_mean):
-        """Let the network be one that was trained on RGB of 0-255 minus this mean; None for ImageNet-normalised."""
+        """Set what the base takes: RGB of 0-255 minus this mean, or ImageNet-normalised images if it is None."""
         self.pixel_mean = pixel_mean
-        mean, std, own = (
+        mean, std, own_mean = (
             torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD, pixel_mean or (0, 0, 0))
         )
+        # 255 * (images * std + mean) - own_mean
         self.register_buffer("input_scale", 255 * std, persistent=False)
-        self.register_buffer("input_shift", 255 * mean - own, persistent=False)
+        self.register_buffer("input_shift", 255 * mean - own_mean, persistent=False)
 
-    def create_prior_boxes(self):
-        """Return the 8,732 priors (8732, 4), fractional cxcy: by feature map, row, column and shape (paper §2.2).
-
-        Sides above 1 are cut to 1, as all three published systems do: the released weights expect it.
-        """
-        family = PRIOR_FAMILIES[self.priors]
-        priors = []
-        for index, (cells, _, n_priors) in enumerate(FEATURE_MAPS.values()):
-            scale, next_scale = family["scales"][index : index + 2]
-            ratios = [r for r in family["aspect_ratios"] if n_priors == 6 or 0.5 <= r <= 2]
-            shapes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
-            shapes += [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
-            centers = [(cell + 0.5) * family["steps"][index] for cell in range(cells)]
-            if family["clip_centers"]:
-                centers = [min(center, 1.0) for center in centers]
-            priors += [(c_x, c_y, min(w, 1.0), min(h, 1.0)) for c_y in centers for c_x in centers for w, h in shapes]
-        return torch.tensor(priors)
+    def decode(self, predicted_locs):
+        """Return the boxes (N, 8732, 4), fractional xy, of predicted offsets (N, 8732, 4), gcxgcy."""
+        return cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))
 
     @torch.no_grad()
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
-        """Decode predictions and suppress those that overlap a better one of their class (paper §2.2, NMS).
+        """Decode predictions and apply non-maximum suppression to each class (paper §2.2).
 
         :param predicted_locs: (N, 8732, 4), gcxgcy
         :param predicted_scores: (N, 8732, n_classes), before softmax
-        :param min_score: a detection's probability is above it
-        :param max_overlap: jaccard overlap with a better one of the same class from above which a box goes
-        :param top_k: keep the best so many of an image, all classes together
+        :param min_score, max_overlap, top_k: see `Limits`
         :return: lists of length N: boxes (d, 4), fractional xy; labels (d,); scores (d,); best first, d may be 0
         """
-        boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))
+        boxes = self.decode(predicted_locs)
         probabilities = predicted_scores.float().softmax(dim=2)[:, :, 1:]
-        probabilities = torch.where(boxes.isfinite().all(dim=2, keepdim=True), probabilities, 0)  # else it is no box
+        probabilities = torch.where(boxes.isfinite().all(dim=2, keepdim=True), probabilities, 0)  # drop invalid boxes
         detections = [
             _non_maximum_suppression(image_boxes, image_scores, min_score, max_overlap, top_k)
             for image_boxes, image_scores in zip(boxes, probabilities, strict=True)
@@ -277,49 +278,120 @@ class SSD300(nn.Module):
 
 
 def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
-    """Return boxes (d, 4), labels (d,), scores (d,) that survive among boxes (p, 4), xy, with scores (p, classes).
+    """Suppress, in one image, the boxes that overlap a better one of their class.
 
-    Whether a box survives depends only on better ones, and only the best top_k survivors count: so the best few
-    candidates usually decide, and when they do not, more are taken. The result is that of taking all.
+    Whether a box survives depends on better boxes only, and only the best `top_k` survivors are kept. So it is enough
+    to look at the best candidates, and at more of them only if fewer than `top_k` survive: the result is the same as
+    with all candidates.
+
+    :param boxes: (p, 4), xy
+    :param scores: (p, n_classes - 1), probabilities
+    :return: boxes (d, 4), labels (d,), scores (d,), best first
     """
-    n_classes = scores.size(1)
-    flat = scores.flatten().nan_to_num(0)  # a network that went astray finds nothing there
+    n_foreground = scores.size(1)
+    flat = scores.flatten().nan_to_num(0)  # a network that diverged detects nothing
     n_candidates = int((flat > min_score).sum())
     if n_candidates == 0 or top_k < 1:
         return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device), flat.new_zeros(0)
     n_best = 4 * top_k
     while True:
-        # Take the best; of equals the first, so that ties never depend on how many are taken.
-        last = flat.topk(min(n_best, n_candidates)).values[-1]
-        candidates = (flat >= last).nonzero().squeeze(1)
+        # Take the best candidates. Ties go to the first, so the result does not depend on how many are taken.
+        lowest_score = flat.topk(min(n_best, n_candidates)).values[-1]
+        candidates = (flat >= lowest_score).nonzero().squeeze(1)
         candidates = candidates[flat[candidates].argsort(descending=True, stable=True)][:n_best]
-        # Classes are kept apart by moving each to a place of its own; float64 leaves the overlaps exact.
-        priors, classes = candidates // n_classes, candidates % n_classes
-        places = boxes[priors].double().clamp(-1e6, 1e6)
-        places = places + classes[:, None] * (places.max() - places.min() + 1)
-        kept = torchvision.ops.nms(places, flat[candidates].double(), max_overlap)[:top_k]
+        priors, classes = candidates // n_foreground, candidates % n_foreground
+        # Shift each class to a region of its own, so that one call suppresses within classes only. In float64 the
+        # overlaps stay exact.
+        shifted = boxes[priors].double().clamp(-1e6, 1e6)
+        shifted = shifted + classes[:, None] * (shifted.max() - shifted.min() + 1)
+        kept = torchvision.ops.nms(shifted, flat[candidates].double(), max_overlap)[:top_k]
         if len(kept) == top_k or len(candidates) >= n_candidates:
             return boxes[priors[kept]], classes[kept] + 1, flat[candidates[kept]]
         n_best *= 4
 
 
-class MultiBoxLoss(nn.Module):
-    """The paper's training objective (§2.2, equations 1 to 3), for a whole batch at once.
+def create_prior_boxes(priors="paper"):
+    """Return the priors (8732, 4), fractional cxcy, ordered by feature map, row, column and shape (paper §2.2).
 
-    Matching: every object takes the prior that overlaps it most (of objects that share it, the last one), then
-    every other prior takes the object that it overlaps most, if by `threshold` or more. Hard negative mining:
-    in each image the `neg_pos_ratio` times as many unmatched priors as matched ones that score background worst.
+    Sides above 1 are cut to 1, as in all PyTorch systems with released weights.
+
+    :param priors: a key of PRIOR_FAMILIES
+    """
+    family = PRIOR_FAMILIES[priors]
+    boxes = []
+    for index, (cells, _, n_priors) in enumerate(FEATURE_MAPS.values()):
+        scale, next_scale = family["scales"][index : index + 2]
+        extra_scale = math.sqrt(scale * next_scale)
+        ratios = [ratio for ratio in family["aspect_ratios"] if n_priors == 6 or 0.5 <= ratio <= 2]
+        shapes = [(scale, scale), (extra_scale, extra_scale)]
+        shapes += [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
+        centers = [(cell + 0.5) * family["steps"][index] for cell in range(cells)]
+        if family["clip_centers"]:
+            centers = [min(center, 1.0) for center in centers]
+        boxes += [(c_x, c_y, min(w, 1.0), min(h, 1.0)) for c_y in centers for c_x in centers for w, h in shapes]
+    return torch.tensor(boxes)
+
+
+def split_by_feature_map(per_prior):
+    """Split a tensor of all priors (8732, ...) into views (cells, cells, priors per cell, ...), one per feature map."""
+    sizes = [(cells, cells, n_priors) for cells, _, n_priors in FEATURE_MAPS.values()]
+    parts = per_prior.split([math.prod(size) for size in sizes])
+    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def load_model(source, device="cpu", label_map=None):
+    """Return the SSD300 in a file, in eval mode, with its `label_map` (class name -> index, background 0).
+
+    The file is recognised by its contents: a checkpoint or exported weights of ours, or weights of the public tutorial,
+    ssd.pytorch or torchvision (see `support.checkpoints.read_weights`). No code in it is run.
+
+    :param source: path of the file, or "coco" for torchvision's weights, which are downloaded once
+    :param device: where to put the model
+    :param label_map: class names for a file that has none, if their number fits
+    :raises InputError: naming the file, if it cannot be used
+    """
+    with torch.device("meta"):
+        parameter_names = list(SSD300(2, pretrained=False).state_dict())
+    return build_model(read_weights(source, parameter_names, label_map), source).to(device).eval()
+
+
+def build_model(description, source):
+    """Return the SSD300 of a description: a dict with "model" (state dict), "label_map", "priors" and "pixel_mean".
+
+    :param source: the file that the description was read from
+    :raises InputError: naming the file, if its weights do not fit
+    """
+    label_map = description["label_map"]
+    try:
+        model = SSD300(len(label_map), False, description["priors"], description["pixel_mean"])
+        model.load_state_dict(description["model"])
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source}: its weights do not fit an SSD300 of {len(label_map)} classes, background included; "
+            f"expected {KNOWN_SYSTEMS}"
+        ) from error
+    model.label_map = label_map
+    return model
+
+
+class MultiBoxLoss(nn.Module):
+    """The training objective (paper §2.2, equations 1 to 3), for a whole batch at once.
+
+    Matching: every object gets the prior that overlaps it most; if objects share a best prior, the last one gets it.
+    Then every other prior is matched with the object that it overlaps most, if by `threshold` or more.
+    Hard negative mining: each image uses its unmatched priors with the highest confidence loss, `neg_pos_ratio` times
+    as many as it has matched priors.
 
     :param priors_cxcy: (8732, 4), fractional cxcy
     :param threshold: jaccard overlap from which a prior matches an object
-    :param neg_pos_ratio: hard negatives for each positive
+    :param neg_pos_ratio: hard negatives per positive
     :param alpha: weight of the localisation loss
     """
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.0):
         super().__init__()
         self.register_buffer("priors_cxcy", priors_cxcy, persistent=False)
-        # (8732, 4), xy, side by side in memory, which makes the overlaps several times faster
+        # (8732, 4), xy; stored column by column, which makes the overlaps several times faster
         self.register_buffer("priors_xy", cxcy_to_xy(priors_cxcy).t().contiguous().t(), persistent=False)
         self.threshold = threshold
         self.neg_pos_ratio = neg_pos_ratio
@@ -331,11 +403,11 @@ class MultiBoxLoss(nn.Module):
         return confidence_loss + self.alpha * localization_loss
 
     def parts(self, predicted_locs, predicted_scores, boxes, labels):
-        """Return confidence loss and localisation loss, both over the number of positives, and that number: scalars.
+        """Return three scalars: confidence loss and localisation loss per positive, and the number of positives.
 
         :param predicted_locs: (N, 8732, 4), gcxgcy
         :param predicted_scores: (N, 8732, n_classes), before softmax
-        :param boxes: N tensors (n_i, 4), fractional xy; n_i may be 0, a box without area counts as none
+        :param boxes: N tensors (n_i, 4), fractional xy; n_i may be 0; boxes without area are ignored
         :param labels: N tensors (n_i,), 1 ... n_classes - 1
         """
         n_images, n_priors, n_classes = predicted_scores.shape
@@ -344,7 +416,7 @@ class MultiBoxLoss(nn.Module):
         n_positives = positive.sum(dim=1)
         n_used = (1 + self.neg_pos_ratio) * n_positives
 
-        # Rank the priors of each image: its positives, then its negatives, the one that scores background worst first.
+        # Rank the priors of each image: its positives first, then its negatives from the highest confidence loss down.
         with torch.no_grad():
             confidence = F.cross_entropy(
                 predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
@@ -363,7 +435,7 @@ class MultiBoxLoss(nn.Module):
         localization = F.smooth_l1_loss(predicted_locs, true_locs, reduction="none").sum(dim=2)
         localization = torch.where(rank < n_positives[:, None], localization, 0).sum()
 
-        # Compare the classes of the positives and of the hardest negatives.
+        # Compare the classes of the positives and the hard negatives.
         confidence = F.cross_entropy(
             predicted_scores.reshape(-1, n_classes), true_labels.gather(1, ranked).reshape(-1), reduction="none"
         ).reshape(n_images, n_ranked)
@@ -375,23 +447,23 @@ class MultiBoxLoss(nn.Module):
 
     @staticmethod
     def count_ranked(n_used, n_priors):
-        """Return how many priors of each image to rank, of which each image uses (N,) so many: at least the most.
+        """Return how many priors of each image to rank: at least the largest of the numbers (N,) that are used.
 
-        How many that is costs nothing on a CPU; to ask a GPU would mean to wait for it, so there all are ranked.
+        On a CPU it is exactly that. Reading it from a GPU would mean waiting for the GPU, so there all are ranked.
         """
         return n_priors if n_used.is_cuda else min(n_priors, max(1, math.ceil(n_used.max())))
 
     @torch.no_grad()
     def match(self, boxes, labels):
-        """Return what each prior is to predict: boxes (N, 8732, 4), fractional xy, and labels (N, 8732), 0 background.
+        """Return each prior's target: boxes (N, 8732, 4), fractional xy, and labels (N, 8732), 0 for background.
 
-        The boxes of background priors mean nothing. Parameters as for `parts`.
+        The boxes of background priors are meaningless. Parameters as for `parts`.
         """
         device = self.priors_cxcy.device
         n_images, n_priors = len(boxes), len(self.priors_cxcy)
 
-        # Pad the objects to the same number n for every image; what is no object is a whole-image box. Nothing here
-        # or later waits for a GPU.
+        # Pad every image to the same number of objects n; padding and boxes without area become whole-image boxes.
+        # Nothing from here on waits for a GPU.
         counts = [len(image_boxes) for image_boxes in boxes]
         n_objects = max(1, *counts)
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1]
@@ -399,15 +471,15 @@ class MultiBoxLoss(nn.Module):
         is_object = torch.arange(n_objects) < torch.tensor(counts)[:, None]  # (N, n)
         boxes, labels, is_object = (part.to(device, non_blocking=True) for part in (boxes.float(), labels, is_object))
         is_object = is_object & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
-        whole_image = torch.arange(4, device=device) // 2
+        whole_image = torch.arange(4, device=device) // 2  # 0, 0, 1, 1, made on the device
         boxes = torch.where(is_object[..., None], boxes, whole_image.float())
 
-        # Find for every prior the object that it overlaps most.
+        # Find the object that each prior overlaps most.
         overlap = find_jaccard_overlap(boxes.view(-1, 4), self.priors_xy).view(n_images, n_objects, n_priors)
         overlap.masked_fill_(~is_object[..., None], -1)
         best_overlap, best_object = overlap.max(dim=1)  # (N, 8732)
 
-        # Force every object's best prior on it; where objects share one, the last of them has it.
+        # Assign each object its best prior; the last object wins a shared one.
         best_prior = overlap.argmax(dim=2)  # (N, n)
         objects = torch.where(is_object, torch.arange(n_objects, device=device), -1)
         forced = torch.full_like(best_object, -1).scatter_reduce(1, best_prior, objects, "amax")
@@ -418,24 +490,8 @@ class MultiBoxLoss(nn.Module):
         return true_boxes, torch.where(positive, labels.gather(1, best_object), 0)
 
 
-def fetch_weights(weights, instead):
-    """Return the state dict of published weights, an enum of torchvision's: downloaded once, checked, cached.
-
-    :param instead: what a user may do without them, for the error
-    :raises InputError: naming the cache file to put in place, where they cannot be had
-    """
-    cache_file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as error:  # the network, the disk and a broken file each raise something else
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"cannot get torchvision's {weights} ({reason}): put {weights.url} in place as {cache_file}, or {instead}"
-        ) from error
-
-
 def _initialize(module, initialize, **options):
-    """Draw a module's convolution weights by `initialize`; its biases become 0."""
+    """Initialise the convolutions of a module: weights by `initialize`, biases to 0."""
     for child in module.children():
         if isinstance(child, nn.Conv2d):
             initialize(child.weight, **options)

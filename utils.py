@@ -1,20 +1,21 @@
-"""Boxes, transforms of images with their boxes, mean average precision; and, from voc.py, labels and lists.
+"""Boxes, transforms of images with their boxes, and mean average precision; labels and lists come from support/voc.py.
 
 from utils import parse_annotation, find_jaccard_overlap, transform, calculate_mAP
 """
 
 import math
 import warnings
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch.nn import functional as F
 
-from files import InputError
-from voc import create_data_lists, label_color_map, label_map, make_label_map, parse_annotation, voc_labels  # noqa: F401
+from support.files import InputError
+from support.images import decoding, upright_rgb
+from support.voc import create_data_lists, label_color_map, label_map, make_label_map, parse_annotation, voc_labels  # noqa: F401
+
+rev_label_map = {index: name for name, index in label_map.items()}
 
 # ---------------------------------------------------------------------------------------------------------
 # Boxes: xy is (x_min, y_min, x_max, y_max), cxcy is (c_x, c_y, w, h), gcxgcy are offsets from priors
@@ -32,7 +33,7 @@ def cxcy_to_xy(cxcy):
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
-    """Encode boxes (..., 4), cxcy, as offsets from the priors (..., 4), cxcy, that they belong to.
+    """Encode boxes (..., 4), cxcy, as offsets from their priors (..., 4), cxcy.
 
     Paper §2.2, equation 2, with Caffe's variances (ssd_pascal.py, `prior_variance: 0.1, 0.1, 0.2, 0.2`):
     offsets of centres are divided by 0.1, logarithms of side ratios by 0.2.
@@ -42,7 +43,7 @@ def cxcy_to_gcxgcy(cxcy, priors_cxcy):
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """Decode offsets (..., 4) against their priors (..., 4), cxcy, into boxes, cxcy: the inverse of encoding."""
+    """Decode offsets (..., 4) from their priors (..., 4), cxcy, into boxes, cxcy: the inverse of encoding."""
     centers = gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2]
     return torch.cat([centers, torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
 
@@ -50,16 +51,17 @@ def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
 def jaccard_overlap(boxes_1, boxes_2):
     """Return the jaccard overlap (IoU) of boxes (..., 4), xy, element by element, with broadcasting.
 
-    Tensors and arrays alike: on few boxes arrays are several times faster.
+    Takes tensors or arrays. For a few boxes arrays are several times faster.
     """
     library = np if isinstance(boxes_1, np.ndarray) else torch
-    sides = []
+    shared_sides = []
     for low, high in ((0, 2), (1, 3)):
         side = library.minimum(boxes_1[..., high], boxes_2[..., high])
-        side -= library.maximum(boxes_1[..., low], boxes_2[..., low])
-        sides.append(side.clip(min=0))
-    intersection = sides[0] * sides[1]
-    area_1, area_2 = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]) for boxes in (boxes_1, boxes_2))
+        side -= library.maximum(boxes_1[..., low], boxes_2[..., low])  # in place: the tables are large
+        shared_sides.append(side.clip(min=0))
+    intersection = shared_sides[0] * shared_sides[1]
+    area_1 = (boxes_1[..., 2] - boxes_1[..., 0]) * (boxes_1[..., 3] - boxes_1[..., 1])
+    area_2 = (boxes_2[..., 2] - boxes_2[..., 0]) * (boxes_2[..., 3] - boxes_2[..., 1])
     return intersection / (area_1 + area_2 - intersection)
 
 
@@ -71,7 +73,7 @@ def find_jaccard_overlap(set_1, set_2):
 def decimate(tensor, m):
     """Keep every m-th value along each dimension.
 
-    With it the fully connected layers of VGG-16 become convolutions of fewer weights (paper §3.1).
+    This turns the fully connected layers of VGG-16 into convolutions with fewer weights (paper §3.1).
 
     :param tensor: any shape
     :param m: one factor per dimension, None to keep all
@@ -88,7 +90,8 @@ def decimate(tensor, m):
 IMAGE_SIZE = 300  # side of the network's input, pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0-1: torchvision's VGG-16 was trained with these
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_PIXEL_MEAN, _PIXEL_STD = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+_PIXEL_MEAN = 255 * torch.tensor(IMAGENET_MEAN)[:, None, None]
+_PIXEL_STD = 255 * torch.tensor(IMAGENET_STD)[:, None, None]
 
 # Paper §2.2, "Data augmentation"; figures from Caffe's ssd_pascal.py and data_transformer.cpp.
 BRIGHTNESS_DELTA = 32  # of 255, added
@@ -102,96 +105,54 @@ CROP_ASPECTS = (0.5, 2.0)  # height over width, both in pixels
 CROP_TRIALS = 50
 
 
-@contextmanager
-def open_image(path):
-    """Open the picture at `path`, not decoded yet; what goes wrong, then or later, is an InputError that names it."""
-    try:
-        with _decoding(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large pictures are welcome
-            image = Image.open(path)
-        with image:
-            yield image
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-@contextmanager
-def _decoding():
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on a broken file
-        raise InputError(f"cannot read this image ({error}); replace it or take it out of the data") from error
-
-
-def read_image(path):
-    """Return the picture at `path` as upright RGB; InputError that names it where it cannot be read."""
-    with open_image(path) as image, _decoding():
-        image = upright_rgb(image)
-        image.load()
-        return image
-
-
-def upright_rgb(image):
-    """Return a PIL image of any mode as RGB, turned as its EXIF orientation says; itself where it is that already."""
-    with _decoding():
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # grayscale of more than 8 bits, which PIL would clip rather than scale
-            levels = np.asarray(image)
-            image = Image.fromarray((levels / (257 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def transform(image, boxes, labels, difficulties, split, rng=None):
-    """Turn an image and its objects into what the network takes; augment for training (paper §2.2).
+    """Turn an image and its objects into a sample for the network; augment it for training (paper §2.2).
 
-    The geometry (zoom-out, crop, flip) is drawn on the boxes alone, then the pixels are sampled once from the image
-    into 300x300, then the colours of those are distorted. Nothing given is changed, except that a JPEG file that is
-    open and not yet decoded is decoded at a half, a quarter or an eighth of its size where training needs no more.
+    The geometry (zoom-out, crop, flip) is drawn on the boxes alone. Then one window of the image is resized to 300x300
+    and its colours are distorted. No argument is changed, except that a JPEG file that is open but not decoded yet is
+    decoded at 1/2, 1/4 or 1/8 of its size if training needs no more.
 
     :param image: PIL image of any mode and size
     :param boxes: (n, 4) float tensor, pixel xy of the upright image; n may be 0
     :param labels, difficulties: (n,) tensors
-    :param split: 'TRAIN' augments, 'TEST' resizes and normalises only
-    :param rng: numpy.random.Generator of all random choices; None draws one from torch's random state
+    :param split: 'TRAIN' augments, 'TEST' only resizes and normalises; upper or lower case
+    :param rng: numpy.random.Generator for all random choices; None seeds one from torch's random state
     :return: image (3, 300, 300), ImageNet-normalised; boxes (m, 4), fractional xy inside [0, 1]; labels (m,);
-        difficulties (m,); m < n only where a training crop leaves an object's centre out, and m = 0 only if n = 0
-    :raises InputError: for a box without area inside the image, and where the image cannot be decoded
+        difficulties (m,); a training crop drops the objects whose centre it does not hold, but never all of them
+    :raises InputError: if a box has no area inside the image, or the image cannot be decoded
     """
-    if split not in ("TRAIN", "TEST"):
+    is_training = str(split).upper() == "TRAIN"
+    if not is_training and str(split).upper() != "TEST":
         raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
     image = upright_rgb(image)
     width, height = image.size
-    window, boxes = np.array([0, 0, width, height]), boxes.double().numpy()
-    boxes = _clip(boxes, window)
-    without_area = boxes[:, 2:] <= boxes[:, :2]
+    window = np.array([0, 0, width, height])
+    boxes = _clip(boxes.double().numpy(), window)
+    without_area = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
     if without_area.any():
-        number = without_area.any(1).argmax() + 1
+        number = without_area.argmax() + 1
         raise InputError(f"object {number} has no area inside the {width}x{height} image; correct or remove it")
 
-    flip = False
-    if split == "TRAIN":
+    if not is_training:
+        pixels, boxes = _sample_window(image, window, boxes)
+    else:
         rng = rng or np.random.default_rng(int(torch.randint(2**62, ())))
         window = zoom_out(window, rng)
         window, kept = crop_around_objects(window, boxes, rng)
         flip = rng.random() < 0.5
-        boxes, kept = _clip(boxes[kept], window), torch.from_numpy(kept)
+        pixels, boxes = _sample_window(image, window, _clip(boxes[kept], window), flip, rng)
+        kept = torch.from_numpy(kept)
         labels, difficulties = labels[kept], difficulties[kept]
-    pixels, boxes = _sample_window(image, window, boxes, flip, rng if split == "TRAIN" else None)
     return pixels, torch.from_numpy(boxes).float().clamp_(0, 1), labels.clone(), difficulties.clone()
 
 
 def _clip(boxes, window):
-    """Cut boxes (n, 4), xy, off at the borders of a window (4,), xy."""
+    """Clip boxes (n, 4), xy, to a window (4,), xy."""
     return np.minimum(np.maximum(boxes.reshape(-1, 2, 2), window[:2]), window[2:]).reshape(-1, 4)
 
 
 def zoom_out(window, rng):
-    """With probability 0.5 place a window (4,), pixel xy, at random in one of 1 to 4 times its sides."""
+    """With probability 0.5, extend a window (4,), pixel xy, to a canvas of 1 to 4 times its sides around it."""
     if rng.random() < 0.5:
         return window
     sides = window[2:] - window[:2]
@@ -201,12 +162,12 @@ def zoom_out(window, rng):
 
 
 def crop_around_objects(window, boxes, rng):
-    """Draw the paper's crop: one that overlaps an object by a random minimum.
+    """Draw the paper's crop, which overlaps at least one object by a random minimum.
 
-    :param window: (4,) array of integers, pixel xy: what is there to crop from
+    :param window: (4,) integer array, pixel xy: the area to crop from
     :param boxes: (n, 4) array, pixel xy
-    :return: the crop (4,), whole pixels, xy, and a boolean (n,) array of the objects whose centre it holds, never
-        all False where there are objects
+    :return: the crop (4,), whole pixels, xy; a boolean array (n,) of the objects whose centre it holds, with at least
+        one True if there are objects
     """
     corner, sides = window[:2], window[2:] - window[:2]
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -214,80 +175,94 @@ def crop_around_objects(window, boxes, rng):
         min_overlap = MIN_OVERLAPS[rng.integers(len(MIN_OVERLAPS))]
         if min_overlap is None:
             return window, np.ones(len(boxes), bool)
+        # Draw all trials at once and take the first that fits.
         crop_sides = np.ceil(rng.uniform(*CROP_SIDES, (CROP_TRIALS, 2)) * sides)
         low = corner + np.floor(rng.random((CROP_TRIALS, 2)) * (sides - crop_sides + 1))
         crops = np.concatenate([low, low + crop_sides], axis=1)
         aspects = crop_sides[:, 1] / crop_sides[:, 0]
         fits = (CROP_ASPECTS[0] <= aspects) & (aspects <= CROP_ASPECTS[1])
-        holds = ((low[:, None] < centers) & (centers < crops[:, None, 2:])).all(2)  # (trials, n)
+        holds_center = ((low[:, None] < centers) & (centers < crops[:, None, 2:])).all(axis=2)  # (trials, n)
         if len(boxes):
-            fits &= holds.any(1) & (find_jaccard_overlap(crops, boxes).max(1) >= min_overlap)
+            fits &= holds_center.any(axis=1) & (find_jaccard_overlap(crops, boxes).max(axis=1) >= min_overlap)
         if fits.any():
             first = fits.argmax()
-            return crops[first].astype(int), holds[first]
+            return crops[first].astype(int), holds_center[first]
 
 
 def _sample_window(image, window, boxes, flip=False, rng=None):
-    """Resize a window of an RGB image to 300x300; where the window leaves the image is ImageNet's mean.
+    """Resize a window of an RGB image to 300x300; the part of the window outside the image becomes ImageNet's mean.
 
-    :param window: (4,) array of integers, pixel xy
+    :param window: (4,) integer array, pixel xy
     :param boxes: (n, 4) array, pixel xy, inside both image and window
     :param flip: whether to mirror the result
-    :param rng: with it the colours of the image's part, not of the filling, are distorted, and JPEGs decoded small
-    :return: pixels (3, 300, 300), ImageNet-normalised, and the boxes, fractional xy
+    :param rng: with it, the colours of the image, not of the filling, are distorted, and JPEGs may be decoded small
+    :return: pixels (3, 300, 300), ImageNet-normalised; boxes (n, 4), fractional xy
     """
-    axes = [_place(*window[axis::2].tolist(), image.size[axis]) for axis in (0, 1)]
-    low, high, place, size = zip(*axes, strict=True)  # x, y of each
-    if min(size) == 0:  # a crop of the filling alone
+    low, high, out_low, out_size = _visible_part(window, image.size)
+    if (out_size == 0).any():
         return torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE), boxes
 
-    # Decode the image; where that loses nothing, small: libjpeg offers 1/2, 1/4 and 1/8, sides rounded up.
+    # Decode the image. Training takes the smallest size that has a pixel for each pixel of the output.
     reduction = 8 if rng else 1
-    while reduction > 1 and any(high[axis] - low[axis] < reduction * size[axis] for axis in (0, 1)):
+    while reduction > 1 and (high - low < reduction * out_size).any():
         reduction //= 2
-    with _decoding(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PIL, of large crops, and of PyTorch, of bytes not to be written to
-        if reduction > 1 and not image.draft("RGB", [side // reduction for side in image.size]):
-            reduction = 1
-        low, high = [edge // reduction for edge in low], [-(-edge // reduction) for edge in high]
-        # PIL keeps four bytes a pixel, three of them used; so they are copied and resized fastest.
-        if (low, high) != ([0, 0], [*image.size]):
-            image = image.crop((*low, *high))
-        pixels = torch.frombuffer(image.tobytes("raw", "RGBX"), dtype=torch.uint8).view(1, image.height, image.width, 4)
+    pixels, low, high = _decode(image, low, high, reduction)
 
-    # Sample from exactly those pixels, so that the boxes fit to them.
-    pixels = F.interpolate(pixels.permute(0, 3, 1, 2), size[::-1], mode="bilinear", antialias=True)[0, :3]
-    scale = [size[axis] / (high[axis] - low[axis]) / reduction for axis in (0, 1)]
-    shift = [place[axis] - low[axis] * reduction * scale[axis] for axis in (0, 1)]
+    # Resize pixels and boxes: x_out = (x - low) * scale + out_low.
+    pixels = F.interpolate(pixels, out_size[::-1].tolist(), mode="bilinear", antialias=True)[0, :3]
+    scale = out_size / (high - low)
+    shift = out_low - low * scale
     boxes = ((boxes.reshape(-1, 2, 2) * scale + shift) / IMAGE_SIZE).reshape(-1, 4)
-    (x, y), (width, height) = place, size
+    pixels = pixels.numpy()
     if flip:
-        boxes, x = (
-            np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1),
-            IMAGE_SIZE - x - width,
-        )
+        pixels = pixels[:, :, ::-1]
+        boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
+        out_low[0] = IMAGE_SIZE - out_low[0] - out_size[0]
+    pixels = torch.from_numpy(np.array(pixels, np.float32, order="C"))  # mirrored, channel by channel, in one copy
 
-    # Separate the colours, mirrored or not, and change them.
-    pixels = torch.from_numpy(np.array(pixels.numpy()[:, :, :: -1 if flip else 1], np.float32, order="C"))
+    # Distort the colours, normalise, fill.
     if rng:
         photometric_distort(pixels, rng)
     pixels.sub_(_PIXEL_MEAN).div_(_PIXEL_STD)
-    if min(size) < IMAGE_SIZE:
-        pixels = F.pad(pixels, (x, IMAGE_SIZE - x - width, y, IMAGE_SIZE - y - height))
+    (left, top), (right, bottom) = out_low.tolist(), (IMAGE_SIZE - out_low - out_size).tolist()
+    if any((left, right, top, bottom)):
+        pixels = F.pad(pixels, (left, right, top, bottom))
     return pixels, boxes
 
 
-def _place(window_low, window_high, image_size):
-    """Return where a window holds an image, along one axis: from and to in the image, place and size in the output.
+def _visible_part(window, image_size):
+    """Return the part of an image (width, height) that a window (4,), pixel xy, shows, and its place in the output.
 
-    Place and size are rounded to whole pixels, one at least; the size is 0 where the window holds none of the image.
+    :return: four integer arrays (2,), xy: low and high corner in the image; low corner and size in the 300x300 output,
+        where each side has at least one pixel; a size of 0 if the window shows nothing of the image
     """
-    low, high = max(window_low, 0), min(window_high, image_size)
-    if low >= high:
-        return 0, 0, 0, 0
+    window_low, window_high = window[:2], window[2:]
+    low, high = np.maximum(window_low, 0), np.minimum(window_high, image_size)
+    if (low >= high).any():
+        return low, high, np.zeros(2, int), np.zeros(2, int)
     scale = IMAGE_SIZE / (window_high - window_low)
-    place = min(round((low - window_low) * scale), IMAGE_SIZE - 1)
-    return low, high, place, max(round((high - window_low) * scale) - place, 1)
+    out_low = np.minimum(np.rint((low - window_low) * scale), IMAGE_SIZE - 1).astype(int)
+    out_high = np.rint((high - window_low) * scale).astype(int)
+    return low, high, out_low, np.maximum(out_high - out_low, 1)
+
+
+def _decode(image, low, high, reduction):
+    """Return the pixels of a part of an RGB image, decoded at 1/`reduction` of its size if its format allows that.
+
+    :param low, high: corners (2,) of the part, pixel xy
+    :return: pixels (1, 4, height, width) of 0-255, the fourth channel unused; the corners of exactly these pixels in
+        the image, which are those of the part rounded outwards to whole pixels of the reduced size
+    """
+    with decoding(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's about large images, and PyTorch's about memory that is read-only
+        if reduction > 1 and not image.draft("RGB", [side // reduction for side in image.size]):
+            reduction = 1
+        low, high = low // reduction, -(-high // reduction)  # floor, ceiling
+        if low.any() or (high != image.size).any():
+            image = image.crop((*low.tolist(), *high.tolist()))
+        # PIL stores RGB in four bytes per pixel: no other layout is copied and resized faster.
+        pixels = torch.frombuffer(image.tobytes("raw", "RGBX"), dtype=torch.uint8)
+    return pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2), low * reduction, high * reduction
 
 
 def photometric_distort(pixels, rng):
@@ -306,29 +281,39 @@ def photometric_distort(pixels, rng):
             _scale_saturation(pixels, rng.uniform(*SATURATION_RANGE))
         else:
             turn = rng.uniform(-HUE_DELTA, HUE_DELTA)
-            for rows in pixels.split(100, dim=1):  # in parts, for the processor's cache and the allocator
+            for rows in pixels.split(100, dim=1):  # in parts that fit the processor's cache
                 _turn_hue(rows, turn)
 
 
 def _scale_saturation(pixels, factor):
-    """Multiply HSV's saturation, (max - min) / max, by a factor, as far as 1: hue and value stay."""
+    """Multiply HSV's saturation by a factor, up to a saturation of 1; hue and value stay.
+
+    value = max(R, G, B), saturation = 1 - min(R, G, B) / value; new colour = value - factor * (value - colour)
+    """
     value = pixels.amax(dim=0)
     if factor > 1:
-        factor = (value / (value - pixels.amin(dim=0)).clamp_(min=1e-6)).clamp_(max=factor)
+        factor = (value / (value - pixels.amin(dim=0)).clamp_(min=1e-6)).clamp_(max=factor)  # saturation <= 1
     torch.lerp(value, pixels, factor, out=pixels)
 
 
 def _turn_hue(pixels, turn):
-    """Turn HSV's hue by a share of the colour circle, at most a sixth: saturation and value stay."""
+    """Turn HSV's hue by a share of the colour circle, at most a sixth; saturation and value stay.
+
+    colour = smallest + chroma * clip(2 - |d|, 0, 1), where chroma = max(R, G, B) - min(R, G, B) and d is the signed
+    distance, in sixths of the circle, from the colour's own hue (red 0, green 2, blue 4) to the pixel's. Turning adds
+    t = 6 * turn to d. If t < 0, the circle is walked the other way: |t|, with green and blue swapped.
+    """
     smallest = pixels.amin(dim=0)
     chroma = pixels.amax(dim=0).sub_(smallest)
-    turned = chroma * abs(6 * turn)
+    turned = chroma * abs(6 * turn)  # chroma * t
     left = chroma - turned
-    # Along the circle each colour rises in one sixth, is full in two, falls in one and is gone in two. Where it falls
-    # or is full the next colour rises, which tells how far along; where it rises or is gone, the one before falls.
     red, green, blue = pixels
     colors = (red, green, blue) if turn > 0 else (red, blue, green)
-    ahead = [colors[i] - colors[i - 2] for i in range(3)]  # of each colour to the next one
+
+    # No d is needed. A colour minus the next one, `ahead`, is chroma * (2 + d) on [-3, -1] and chroma * (1 - d) on
+    # [0, 2]. So ahead + turned is chroma * (2 + d + t), the formula while the colour rises, and ahead + left is
+    # chroma * (2 - d - t), the formula while it falls. Elsewhere `behind` of another colour keeps each small enough.
+    ahead = [colors[i] - colors[i - 2] for i in range(3)]
     behind = [chroma - difference for difference in ahead]
     for i, color in enumerate(colors):
         falling = torch.minimum(ahead[i] + left, behind[i - 1])
@@ -341,28 +326,23 @@ def _turn_hue(pixels, turn):
 # Mean average precision
 # ---------------------------------------------------------------------------------------------------------
 
-MIN_TRUE_OVERLAP = 0.5  # jaccard overlap from which a detection is of an object (VOC development kit)
+MIN_TRUE_OVERLAP = 0.5  # jaccard overlap from which a detection matches an object (VOC development kit)
 
 
 def calculate_mAP(
-    det_boxes,
-    det_labels,
-    det_scores,
-    true_boxes,
-    true_labels,
-    true_difficulties,
-    label_map=label_map,
+    det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map,
     method="11-point",
-):
+):  # fmt: skip
     """Score detections as the Pascal VOC development kit does, except that its overlaps count both border pixels.
 
-    :param det_boxes, det_labels, det_scores: lists of one tensor per image, (d, 4) xy, (d,), (d,)
-    :param true_boxes, true_labels, true_difficulties: the same for the objects, (n, 4) xy, (n,), (n,);
-        difficult objects are neither to be found nor an error when found
+    :param det_boxes, det_labels, det_scores: lists of one tensor per image: (d, 4), xy; (d,); (d,)
+    :param true_boxes, true_labels, true_difficulties: the same for the objects: (n, 4), xy; (n,); (n,); a difficult
+        object need not be detected, and its detections do not count
     :param label_map: class name -> index, background 0
     :param method: '11-point' (VOC2007) or 'area' (under the precision-recall curve, from VOC2010)
-    :return: {class name: average precision}, and their mean; NaN for a class without (not difficult) objects,
-        which is left out of the mean
+    :return: {class name: average precision}; their mean. A class without objects, or with difficult ones only, has
+        NaN and is left out of the mean.
+    :raises ValueError: if the lists do not fit together
     """
     curves = precision_recall_curves(
         det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map
@@ -371,24 +351,28 @@ def calculate_mAP(
 
 
 class Curve(NamedTuple):
-    """What became of a class' detections, best first; those of difficult objects count neither way."""
+    """The detections of one class, best first, without those of difficult objects; what is not right is a mistake."""
 
-    precision: np.ndarray  # (d,) float64, down to each detection
-    recall: np.ndarray  # (d,) float64
+    precision: np.ndarray  # (d,) float64, up to and including each detection
+    recall: np.ndarray  # (d,) float64, likewise
     scores: np.ndarray  # (d,) float64
     right: np.ndarray  # (d,) bool
-    images: np.ndarray  # (d,) index of the detection's image
-    places: np.ndarray  # (d,) index of the detection in its image
-    n_objects: np.ndarray  # (images,) number of objects to be found in each image
+    images: np.ndarray  # (d,) index of the image
+    indices: np.ndarray  # (d,) index of the detection in its image
+    best_overlaps: np.ndarray  # (d,) float64, with the object of its class that it overlaps most
+    best_objects: np.ndarray  # (d,) index of that object in its image, -1 if the image has none of the class
+    n_objects: np.ndarray  # (images,) number of objects to detect in each image
+
+    @property
+    def is_scored(self):
+        """Whether there are objects to detect; if not, the class is left out of the mean."""
+        return bool(self.n_objects.any())
 
 
 def precision_recall_curves(
     det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map
 ):
-    """Return {class name: Curve}, with None for a class without objects to be found.
-
-    The parameters are those of `calculate_mAP`.
-    """
+    """Match detections with objects and return {class name: Curve}; parameters as for `calculate_mAP`."""
     n_images = len(true_boxes)
     if len(det_boxes) != n_images:
         raise ValueError(f"{len(det_boxes)} images with detections, {n_images} with objects")
@@ -396,92 +380,104 @@ def precision_recall_curves(
     true_image, true_boxes, true_labels, true_difficulties = _concatenate(true_boxes, true_labels, true_difficulties)
     if not np.isin(np.append(det_labels, true_labels), list(label_map.values())).all():
         raise ValueError("a detection or an object has a label that the label map does not have")
-    overlap, object_index = _best_objects(
-        det_image * len(label_map) + det_labels,
-        det_boxes,
-        true_image * len(label_map) + true_labels,
-        true_boxes,
+
+    # Find the object that each detection overlaps most. Only those of the same image and class, the key, are compared.
+    overlaps, matched = _best_objects(
+        det_image * len(label_map) + det_labels, det_boxes, true_image * len(label_map) + true_labels, true_boxes
     )
 
-    # Find the fate of each detection, best first: the first one of an object is right, later ones are wrong.
+    # Judge the detections, best first: the first one that matches an object is right.
     order = np.argsort(-det_scores, kind="stable")
-    places = np.arange(len(det_image)) - np.searchsorted(det_image, det_image)
-    labels, object_index, det_image, det_scores, places = (
-        values[order] for values in (det_labels, object_index, det_image, det_scores, places)
-    )
-    matches = overlap[order] >= MIN_TRUE_OVERLAP
+    columns = (det_labels, det_scores, det_image, _index_in_group(det_image), overlaps, matched)
+    labels, scores, images, indices, overlaps, matched = (values[order] for values in columns)
+    matches = overlaps >= MIN_TRUE_OVERLAP
     ignored = np.zeros_like(matches)
-    ignored[matches] = true_difficulties[object_index[matches]] != 0
+    ignored[matches] = true_difficulties[matched[matches]] != 0
+    candidates = np.flatnonzero(matches & ~ignored)
+    _, first_of_object = np.unique(matched[candidates], return_index=True)
     right = np.zeros_like(matches)
-    found = np.flatnonzero(matches & ~ignored)
-    right[found[np.unique(object_index[found], return_index=True)[1]]] = True
+    right[candidates[first_of_object]] = True
+    matched = np.append(_index_in_group(true_image), -1)[matched]  # now in the image; -1 takes the appended -1
 
     curves = {}
     for name, label in label_map.items():
         if label == 0:
             continue
         n_objects = np.bincount(true_image[(true_labels == label) & (true_difficulties == 0)], minlength=n_images)
-        scored = (labels == label) & ~ignored
-        true_positives = np.cumsum(right[scored])
+        of_class = np.flatnonzero((labels == label) & ~ignored)  # far faster to select by than the mask itself
+        true_positives = np.cumsum(right[of_class])
         precision = true_positives / np.arange(1, len(true_positives) + 1)
-        if n_objects.any():
-            recall = true_positives / n_objects.sum()
-            of_class = (values[scored] for values in (det_scores, right, det_image, places))
-            curves[name] = Curve(precision, recall, *of_class, n_objects)
-        else:
-            curves[name] = None
+        recall = true_positives / max(n_objects.sum(), 1)
+        columns = (scores, right, images, indices, overlaps, matched)
+        curves[name] = Curve(precision, recall, *(values[of_class] for values in columns), n_objects)
     return curves
 
 
 def _concatenate(boxes, labels, values):
-    """Return image index (n,), boxes (n, 4), labels (n,) and values (n,) over all images, as numpy arrays."""
-    if not len(boxes) == len(labels) == len(values):
-        raise ValueError(
-            f"{len(boxes)} images with boxes, {len(labels)} with labels, {len(values)} with scores or flags"
-        )
+    """Return arrays of all images in one: image index (n,), boxes (n, 4) as a tensor, labels (n,) and values (n,)."""
     counts = [len(image_boxes) for image_boxes in boxes]
-    if counts != [len(image_labels) for image_labels in labels] or counts != [len(v) for v in values]:
-        raise ValueError("an image's boxes, labels and scores (or difficulties) differ in number")
-    boxes, labels, values = (
-        torch.cat([torch.zeros(0, *shape), *(part.cpu() for part in parts)]).double()
-        for parts, shape in ((boxes, (4,)), (labels, ()), (values, ()))
-    )
-    return np.repeat(np.arange(len(counts)), counts), boxes, labels.numpy().astype(np.int64), values.numpy()
+    if not counts == [len(image_labels) for image_labels in labels] == [len(image_values) for image_values in values]:
+        n_images = f"{len(boxes)}, {len(labels)} and {len(values)} images"
+        raise ValueError(f"boxes, labels and scores (or difficulties) differ in number: of {n_images}, or in an image")
+
+    def join(parts, *shape):
+        return torch.cat([torch.zeros(0, *shape), *(part.cpu() for part in parts)]).double()
+
+    image = np.repeat(np.arange(len(counts)), counts)
+    return image, join(boxes, 4), join(labels).numpy().astype(np.int64), join(values).numpy()
+
+
+def _index_in_group(group):
+    """Return 0, 1, 2 ... within each run of equal values of an ascending array (n,)."""
+    return np.arange(len(group)) - np.searchsorted(group, group)
 
 
 def _best_objects(det_keys, det_boxes, true_keys, true_boxes):
-    """Find for each detection the object of its image and class that it overlaps most, the first of equals.
+    """Find, for each detection, the object with the same key that it overlaps most, the first of equals.
 
-    :param det_keys, true_keys: (d,), (n,) integers that tell image and class
+    :param det_keys, true_keys: (d,), (n,) integers
     :param det_boxes, true_boxes: (d, 4), (n, 4) tensors, xy
-    :return: overlap (d,), 0 where there is no object, and index of the object (d,)
+    :return: overlap (d,) and index of the object (d,); 0 and -1 if no object has the key
     """
-    overlap, object_index = np.zeros(len(det_keys)), np.zeros(len(det_keys), np.int64)
-    order = np.argsort(true_keys, kind="stable")
-    first = np.searchsorted(true_keys[order], det_keys, side="left")
-    counts = np.searchsorted(true_keys[order], det_keys, side="right") - first
+    # List all pairs with equal keys: in order of keys, each detection has `counts` objects from `first` on.
+    by_key = np.argsort(true_keys, kind="stable")
+    first = np.searchsorted(true_keys[by_key], det_keys, side="left")
+    counts = np.searchsorted(true_keys[by_key], det_keys, side="right") - first
+    detections = np.repeat(np.arange(len(det_keys)), counts)
+    first_pair = np.cumsum(counts) - counts  # of each detection
+    objects = by_key[np.arange(len(detections)) + np.repeat(first - first_pair, counts)]
+    overlaps = jaccard_overlap(det_boxes[detections], true_boxes[objects])
+    overlaps = overlaps.nan_to_num(0).numpy()  # a box that is not finite overlaps nothing
 
-    # Lay out all pairs of a detection and an object of its image and class, a detection's pairs side by side.
-    detections = np.flatnonzero(counts)
-    counts, first = counts[detections], first[detections]
-    if not len(detections):
-        return overlap, object_index
-    starts = np.cumsum(counts) - counts
-    pairs = np.arange(counts.sum())
-    objects = order[pairs + np.repeat(first - starts, counts)]
-    pair_overlap = jaccard_overlap(det_boxes[np.repeat(detections, counts)], true_boxes[objects])
-    pair_overlap = pair_overlap.nan_to_num(0).numpy()  # a box that is not finite overlaps nothing
+    # Take the best pair of each detection. Of assignments to one index the last counts; reversed, it is the first pair.
+    best_overlap, best_object = np.zeros(len(det_keys)), np.full(len(det_keys), -1)
+    np.maximum.at(best_overlap, detections, overlaps)
+    is_best = (overlaps == best_overlap[detections])[::-1]
+    best_object[detections[::-1][is_best]] = objects[::-1][is_best]
+    return best_overlap, best_object
 
-    overlap[detections] = best = np.maximum.reduceat(pair_overlap, starts)
-    is_best = pair_overlap == np.repeat(best, counts)
-    object_index[detections] = objects[np.minimum.reduceat(np.where(is_best, pairs, len(pairs)), starts)]
-    return overlap, object_index
+
+def best_objects_of_other_classes(det_boxes, det_labels, true_boxes, true_labels):
+    """Find, for each detection, the object of another class that it overlaps most; parameters as for `calculate_mAP`.
+
+    :return: two lists of one array per image: overlaps (d,), and indices (d,) of the objects in their image; 0 and -1
+        for a detection that overlaps no such object
+    """
+    overlaps, indices = [], []
+    for image_boxes, image_labels, boxes, labels in zip(det_boxes, det_labels, true_boxes, true_labels, strict=True):
+        table = find_jaccard_overlap(image_boxes.double(), boxes.double()).nan_to_num(0)
+        table = torch.where(image_labels[:, None] == labels, 0, table)
+        best, index = F.pad(table, (0, 1)).max(dim=1)  # the added column is for an image without objects
+        overlaps.append(best.numpy())
+        indices.append(torch.where(best > 0, index, -1).numpy())
+    return overlaps, indices
 
 
 def mean_average_precision(curves, method="11-point"):
-    """Return {class name: average precision} of `precision_recall_curves` and their mean over scored classes."""
+    """Return {class name: average precision} of `precision_recall_curves`, and their mean over the scored classes."""
     average_precisions = {
-        name: math.nan if curve is None else average_precision(*curve[:2], method) for name, curve in curves.items()
+        name: average_precision(curve.precision, curve.recall, method) if curve.is_scored else math.nan
+        for name, curve in curves.items()
     }
     scored = [value for value in average_precisions.values() if not math.isnan(value)]
     return average_precisions, sum(scored) / len(scored) if scored else math.nan
@@ -490,14 +486,15 @@ def mean_average_precision(curves, method="11-point"):
 def average_precision(precision, recall, method="11-point"):
     """Return the average precision of one class from its curve, two (d,) arrays, best detection first.
 
-    '11-point' averages the best precision at recall 0, 0.1 ... 1 (VOC2007 development kit, VOCap with 11 points);
-    'area' is the area under the curve made monotonic (development kit from 2010).
+    '11-point' averages the best precision at a recall of 0, 0.1 ... 1 or more (VOC2007 development kit); 'area' is the
+    area under the curve made monotonic (development kit from 2010).
     """
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
     if method == "11-point":
-        # arange, as in the development kit's ports: 0.3 is 0.30000000000000004 there, above a recall of 3/10.
-        reached = np.searchsorted(recall, np.arange(0.0, 1.1, 0.1), side="left")
-        return float(np.append(envelope, 0.0)[reached].mean())
+        # A recall of exactly j/10 reaches its point. np.arange(0, 1.1, 0.1), used by many ports, has thresholds
+        # such as 0.30000000000000004, which 3/10 misses.
+        reached = np.searchsorted(recall, np.arange(11) / 10, side="left")
+        return float(np.append(best_from_here, 0.0)[reached].mean())
     if method == "area":
-        return float((np.diff(recall, prepend=0.0) * envelope).sum())
+        return float((np.diff(recall, prepend=0.0) * best_from_here).sum())
     raise ValueError(f"method must be '11-point' or 'area', not {method!r}")

@@ -7,6 +7,7 @@ Every ratio is of figures measured in turn, in this run, on this machine: other 
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -22,17 +23,16 @@ import reference
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval as eval_script
 import train
-from create_data_lists import make_sample
-from datasets import PascalVOCDataset, collate_fn
-from devices import choose_precision, count_cores, make_deterministic
-from files import run_command
+from datasets import PascalVOCDataset
 from model import SSD300, MultiBoxLoss
+from support.devices import choose_precision, compile_network, count_cores, make_deterministic
+from support.files import run_command
+from support.sample import make_sample
 from utils import IMAGENET_MEAN, IMAGENET_STD, calculate_mAP
 
 GFLOP_PER_IMAGE = 188.2  # of a training step with 21 classes: 31.37 G multiply-adds forward, times 2, times 3
@@ -229,15 +229,16 @@ def time_steps(device, with_compilation):
             if channels_last:
                 model.to(memory_format=torch.channels_last)
                 images = images.contiguous(memory_format=torch.channels_last)
-            network = train.compile_network(model, n_images, precision) if compiled else model
+            network = compile_network(model, images.shape, precision) if compiled else model
             criterion = MultiBoxLoss(model.priors_cxcy)
             settings = argparse.Namespace(lr=1e-5, momentum=0.9, weight_decay=5e-4, grad_clip=0, precision=precision)
             optimizer = train.make_optimizer(model, settings)
             scaler = torch.amp.GradScaler(device.type, enabled=False)
-            run = train.Run(settings, None, model, criterion, optimizer, scaler, precision)
             locs, scores, boxes, labels = random_batch(n_images, device)
             batch = images, boxes, labels, None
-            step = gpu_seconds(lambda r=run, n=network, b=batch: train.train_step(r, n, b, 1e-5))
+            step = gpu_seconds(functools.partial(
+                train.train_step, network, criterion, optimizer, scaler, batch, 1e-5, precision
+            ))  # fmt: skip
             rates[n_images, name] = n_images / step
             share = GFLOP_PER_IMAGE * 1e9 * n_images / step / matrix_rate
             ratio = f"{share:.2f} of matrix rate, {rates[n_images, name] / rates[n_images, 'fp32']:.1f} x fp32"
@@ -270,14 +271,12 @@ def time_evaluation(data_folder, device):
     dataset = PascalVOCDataset(data_folder, "TEST", keep_difficult=True)
     model = SSD300(len(dataset.label_map), pretrained=False).to(device, memory_format=torch.channels_last)
     model.label_map = dataset.label_map
-    loader = DataLoader(
-        torch.utils.data.ConcatDataset([dataset] * max(1, 4000 // len(dataset))), batch_size=32,
-        collate_fn=collate_fn, num_workers=count_cores(), pin_memory=True,
-    )  # fmt: skip
+    many = torch.utils.data.ConcatDataset([dataset] * max(1, 4000 // len(dataset)))
+    loader = eval_script.evaluation_loader(many, 32, count_cores(), device)
     for precision in ("fp32", "bf16"):
         choose_precision(precision, device)
         started = time.perf_counter()
-        results = eval_script.evaluate(loader, model, precision=precision)
+        results, *_ = eval_script.evaluate(loader, model, precision=precision)
         wall = time.perf_counter() - started
         working = sum(results[f"{part}_seconds"] for part in ("network", "post_processing", "scoring"))
         ratio = f"{working / wall:.0%} not waiting for images"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from create_data_lists import make_sample
 from model import SSD300
+from support.sample import make_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_WAIT = 1200  # seconds until a process counts as stuck: a hundred times what the longest takes when idle
@@ -35,8 +35,8 @@ def sample(tmp_path_factory):
 
 
 def _execute(script, arguments, cwd, env, outputs):
-    """Be a script's process, from its command line on."""
-    multiprocessing.set_start_method("fork", force=True)  # as it is for who starts a script
+    """Run a script in this process, from its command line on."""
+    multiprocessing.set_start_method("fork", force=True)  # the default of a process that a user starts
     for stream, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(cwd)
@@ -50,7 +50,7 @@ def _execute(script, arguments, cwd, env, outputs):
 def run(tmp_path_factory):
     """Run a script of the repository as a user would; check its exit status, return its output.
 
-    Each has a process of its own, forked from one that has imported what all import: that takes four seconds.
+    Each gets a process of its own, forked from one that has already imported PyTorch, which takes four seconds.
     """
 
     def run_script(script, *arguments, status=0, cwd=None, env=None):

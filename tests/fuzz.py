@@ -1,4 +1,4 @@
-"""Feed broken annotations, splits, lists and labels to what reads them: each must work, or end with the file's name.
+"""Break annotations, splits, lists and labels at random: each case must work or end in one line that names the file.
 
 python tests/fuzz.py --cases 10000
 """
@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import create_data_lists as script
+import create_data_lists
 from datasets import PascalVOCDataset
-from files import InputError
+from support.files import InputError
 
-SECONDS = 300  # until a case counts as stuck; even a slow machine takes less than one
+SECONDS = 300  # until a case counts as stuck; even on a slow machine a case takes less than one second
 OBJECT = (
     "<object><name>cat</name><difficult>0</difficult><part><name>head</name><bndbox><xmin>3</xmin><ymin>3</ymin>"
     "<xmax>9</xmax><ymax>9</ymax></bndbox></part><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
@@ -62,33 +62,33 @@ ENCODINGS = ("utf-16", "utf-32", "latin-1", "cp037", "utf-7", "utf-8-sig", "shif
 
 
 def mutate_bytes(content, rng):
-    """Flip, drop, double, insert or cut bytes."""
+    """Return bytes of which some are flipped, dropped, doubled, inserted or cut off."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        place, length = rng.randrange(len(content) + 1), rng.choice((1, 1, 3, 30))
-        way = rng.randrange(5)
-        if way == 0 and place < len(content):
-            content[place] ^= 1 << rng.randrange(8)
-        elif way == 1:
-            del content[place : place + length]
-        elif way == 2:
-            content[place:place] = content[place : place + length]
-        elif way == 3:
-            content[place:place] = rng.randbytes(length)
+        position, length = rng.randrange(len(content) + 1), rng.choice((1, 1, 3, 30))
+        change = rng.randrange(5)
+        if change == 0 and position < len(content):
+            content[position] ^= 1 << rng.randrange(8)
+        elif change == 1:
+            del content[position : position + length]
+        elif change == 2:
+            content[position:position] = content[position : position + length]
+        elif change == 3:
+            content[position:position] = rng.randbytes(length)
         elif rng.random() < 0.2:
-            del content[place:]
+            del content[position:]
     return bytes(content)
 
 
 def mutate_annotation(rng):
-    """Return the bytes of an annotation with something wrong or unusual."""
+    """Return the bytes of an annotation that is wrong or unusual in some way."""
     way = rng.randrange(8)
     if way == 0:
         return mutate_bytes(ANNOTATION.encode(), rng)
-    if way == 1:  # a value or a name in place of another
+    if way == 1:  # replace a value or a name
         numbers = [part for part in ("2", "20", "39", "29", "0", "40", "30", "cat") if f">{part}<" in ANNOTATION]
         return ANNOTATION.replace(f">{rng.choice(numbers)}<", f">{rng.choice(VALUES)}<", rng.choice((1, 9))).encode()
-    if way == 2:  # elements dropped, doubled, moved
+    if way == 2:  # drop, double or move elements
         tags = ANNOTATION.replace("><", ">\n<").split("\n")
         for _ in range(rng.choice((1, 2, 4))):
             index, other = rng.randrange(len(tags)), rng.randrange(len(tags))
@@ -109,14 +109,14 @@ def mutate_annotation(rng):
     if way == 5:
         doctype = f'<!DOCTYPE x [<!ENTITY j SYSTEM "file:///etc/passwd">]>{ANNOTATION[38:]}'
         return doctype.replace(">cat<", ">&j;<").encode()
-    if way == 6:  # a box of any kind
+    if way == 6:  # add a random box
         corners = [rng.choice((*VALUES, *map(str, range(-5, 60)))) for _ in range(4)]
         return ANNOTATION.replace("</annotation>", OBJECT.format(*corners) + "</annotation>").encode()
     return ANNOTATION.replace("<object>", "<object>" * rng.choice((1, 2, 50)), 1).encode()
 
 
 def mutate_list(value, rng):
-    """Return a JSON value with one thing changed at a random depth."""
+    """Return a JSON value with one change at a random depth."""
     odd = [None, True, -1, 0, 1e308, float("nan"), float("inf"), "x", "", [], {}, [[]], 10**30, "../a", 0.5]
     if rng.random() < 0.3 or not isinstance(value, (list, dict)) or not value:
         return rng.choice(odd)
@@ -139,8 +139,8 @@ def mutate_list(value, rng):
     return value
 
 
-def make_folder(folder):
-    """Write a VOC folder of two images, a label file, and its lists; return the lists' contents."""
+def make_input(folder):
+    """Write a VOC folder of two images, a label file and its lists; return the lists as {file name: value}."""
     root = folder / "VOC"
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / part).mkdir(parents=True)
@@ -155,15 +155,15 @@ def make_folder(folder):
 
 
 def prepare(folder, *more):
-    """Make the lists."""
+    """Make the lists of the VOC folder in `folder`; `more` are further arguments of the command line."""
     arguments = ["--train", folder / "VOC", "--test", folder / "VOC", "--output-folder", folder / "lists",
                  "--labels", folder / "labels", *more]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
-        script.make_lists(script.parse_arguments([str(argument) for argument in arguments]))
+        create_data_lists.make_lists(create_data_lists.parse_arguments([str(argument) for argument in arguments]))
 
 
 def spoil(folder, lists, rng):
-    """Spoil one input; return what reads it."""
+    """Spoil one input; return a function without arguments that makes lists from it."""
     way = rng.randrange(10)
     root = folder / "VOC"
     annotation, split = root / "Annotations" / "a.xml", root / "ImageSets" / "Main" / "trainval.txt"
@@ -182,7 +182,7 @@ def spoil(folder, lists, rng):
     elif way == 7:
         labels = rng.choice(("", "cat\ncat", "background", "[]", '{"cat": 5}', "[[", "cat\x00", "\n".join(NAMES)))
         (folder / "labels").write_bytes(mutate_bytes(labels.encode(), rng))
-    else:  # lists made before
+    else:  # spoil a list, which is not made again
         name = rng.choice(list(lists))
         text = json.dumps(mutate_list(lists[name], rng)).encode()
         (folder / "lists" / name).write_bytes(mutate_bytes(text, rng) if rng.random() < 0.2 else text)
@@ -191,7 +191,7 @@ def spoil(folder, lists, rng):
 
 
 def load(folder):
-    """Load the training set as a training does; what it gives must be fit for the loss."""
+    """Load the training set as training does, and check that the loss can use it."""
     dataset = PascalVOCDataset(folder / "lists", "TRAIN", keep_difficult=True)
     for epoch in range(2):
         image, boxes, labels, _ = dataset[epoch, 0]
@@ -202,7 +202,7 @@ def load(folder):
 
 
 def snapshot(folder):
-    """Return what lies in a folder, and what the lists in it hold."""
+    """Return the paths in a folder, and the contents of the lists in it."""
     paths = sorted(folder.rglob("*"))
     return [str(path.relative_to(folder)) for path in paths], [
         path.read_bytes() for path in paths if path.parent.name == "lists"
@@ -210,22 +210,25 @@ def snapshot(folder):
 
 
 class TooLong(BaseException):
-    """What takes too long; no error that the code itself could take for one of a file."""
+    """A case takes too long. Not an Exception, so that the code under test cannot catch it."""
 
 
 def run_case(number):
-    """Run one case, a function of its number; return how it ended. AssertionError where it ended badly."""
+    """Run one case, which depends on its number alone; return "works" or "named".
+
+    :raises AssertionError: if it ended in any other way
+    """
     rng = random.Random(number)
 
     def too_long(*_):
         raise TooLong
 
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "work"
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "work"
         folder.mkdir()
-        lists = make_folder(folder)
+        lists = make_input(folder)
         action = spoil(folder, lists, rng)
-        before = snapshot(Path(place))
+        before = snapshot(Path(parent))
         signal.signal(signal.SIGALRM, too_long)
         signal.alarm(SECONDS)
         made = False
@@ -246,7 +249,7 @@ def run_case(number):
             raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
         finally:
             signal.alarm(0)
-        (names, contents), (names_before, contents_before) = snapshot(Path(place)), before
+        (names, contents), (names_before, contents_before) = snapshot(Path(parent)), before
         assert names == names_before, f"case {number}: left files behind"
         assert made or contents == contents_before, f"case {number}: changed lists, though it failed"
     return ended

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchvision.models.detection import ssd300_vgg16
 from tqdm import tqdm
 
@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import create_data_lists
 import train
-from checkpoints import load_model
-from datasets import PascalVOCDataset, TrainingSampler, collate_fn
-from devices import (
+from datasets import PascalVOCDataset
+from eval import detect_all, evaluation_loader, score
+from model import MultiBoxLoss, load_model
+from support.devices import (
     batches_on,
     choose_precision,
     find_device,
@@ -44,11 +45,9 @@ from devices import (
     rank,
     sum_over_processes,
 )
-from eval import collect, detect_all, score
-from files import DivergenceError, InputError, check_targets, make_folder, read_json, run_command, write_json
-from model import MultiBoxLoss
-from results import coco_scores, image_names, image_sizes, import_pycocotools
-from runs import describe_run, fingerprint
+from support.files import DivergenceError, InputError, check_targets, make_folder, read_json, run_command, write_json
+from support.results import coco_scores, image_names, image_sizes, import_pycocotools
+from support.runlog import describe_run
 from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 
 # From scratch, for some minutes of a large GPU.
@@ -136,8 +135,7 @@ def step_torchvision(model, optimizer, batch, rate, settings):
 
 def batches_of(settings, dataset, device):
     """Return the batches that train.py trains on with these settings."""
-    batches = TrainingSampler(len(dataset), settings.batch_size, settings.seed, settings.iterations)
-    loader = DataLoader(dataset, batch_sampler=batches, **train.loader_options(settings, device))
+    loader = train.training_loader(settings, dataset, 0, device)
     return batches_on(device, tqdm(loader, "training", unit="it", disable=None))
 
 
@@ -160,41 +158,40 @@ def train_torchvision(settings):
 
 def train_ours(settings):
     """Train as train.py does; return the network."""
-    run = train.train(settings)
-    if not run.finished:
+    model, complete = train.train(settings)
+    if not complete:
         raise InputError("interrupted; the same command starts this training again")
-    return run.model
+    return model
 
 
 @torch.inference_mode()
 def detect_by_torchvision(loader, model):
-    """Return what torchvision's network finds by its own post-processing, as `detect_all` does."""
+    """Return detections of torchvision's network by its own post-processing, and the ground truth, as `detect_all`."""
     model.eval()
-    found = [[] for _ in range(6)]
+    detections, ground_truth = ([[], [], []] for _ in range(2))
     for images, *objects in batches_on(find_device(), tqdm(loader, "evaluating", unit="batch", disable=None)):
         results = model(list(images))
         boxes, labels, scores = ([result[key] for result in results] for key in ("boxes", "labels", "scores"))
-        collect(found, ([image_boxes / IMAGE_SIZE for image_boxes in boxes], labels, scores, *objects))
-    return found
+        boxes = [image_boxes / IMAGE_SIZE for image_boxes in boxes]
+        for collected, parts in zip([*detections, *ground_truth], [boxes, labels, scores, *objects], strict=True):
+            collected.extend(part.cpu() for part in parts)
+    return detections, ground_truth
 
 
 def detect_by_ours(loader, model):
-    """Return what our network finds."""
-    return detect_all(loader, model)[0]
+    """Return the detections of our network, and the ground truth."""
+    return detect_all(loader, model)[:2]
 
 
 def evaluate(model, detect, settings, n_images):
     """Return a trained network's mAPs on the first so many test images, in fp32; on all if None."""
     dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
     paths = dataset.images[:n_images]
-    loader = DataLoader(
-        Subset(dataset, range(len(paths))), batch_size=32, collate_fn=collate_fn, num_workers=settings.workers,
-        pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+    loader = evaluation_loader(Subset(dataset, range(len(paths))), 32, settings.workers, find_device())
     choose_precision("fp32", find_device())
-    found = detect(loader, model)
-    results, _ = score(found, model.label_map)
-    coco = coco_scores(found, image_names(paths), image_sizes(paths), model.label_map)
+    detections, ground_truth = detect(loader, model)
+    results, _ = score(detections, ground_truth, model.label_map)
+    coco = coco_scores(detections, ground_truth, image_names(paths), image_sizes(paths), model.label_map)
     return {
         "test_images": len(paths), "mAP_11_point": results["mAP_11_point"], "mAP_area": results["mAP_area"],
         **{f"coco_{name}": value for name, value in coco.items()},
@@ -221,7 +218,7 @@ def prove(system, settings, common):
     if rank() > 0:
         return None
     return {
-        **describe_run(settings, model, choose_precision(settings.precision, find_device())),
+        **describe_run(vars(settings), list(model.label_map), choose_precision(settings.precision, find_device())),
         "event": "proof", "system": system, "seed": settings.seed, "conditions": common,
         "training_seconds": elapsed, "images_per_second": settings.iterations * settings.batch_size / elapsed,
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -233,7 +230,7 @@ def conditions(settings, arguments):
     """Return what trainings must have in common to be compared."""
     common = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
     return {
-        **common, "data": fingerprint(train.training_set(settings)), "test_images": arguments.test_images,
+        **common, "data": train.training_set(settings).fingerprint(), "test_images": arguments.test_images,
         "hardware": name_hardware(), "torch": torch.__version__, "torchvision": torchvision.__version__,
     }  # fmt: skip
 
@@ -271,8 +268,7 @@ def compare_losses(settings):
         ours = load_model(os.path.join(folder, "torchvision.pth"), device, dataset.label_map).train()
     criterion, same_matches = (MultiBoxLoss(ours.priors_cxcy) for _ in range(2))
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    run = train.Run(settings, dataset, ours, criterion, train.make_optimizer(ours, settings), scaler, "fp32")
-    optimizer = train.make_optimizer(theirs, settings)
+    our_optimizer, optimizer = (train.make_optimizer(model, settings) for model in (ours, theirs))
     noted, compute_loss = {}, theirs.compute_loss
 
     def note_and_compute_loss(targets, outputs, anchors, matches):
@@ -290,7 +286,8 @@ def compare_losses(settings):
             outputs = noted["outputs"]
             same = same_matches(outputs["bbox_regression"], outputs["cls_logits"], *batch[1:3]).item()
             n_other = (criterion.match(*batch[1:3])[1] != matches[1]).any(dim=1).sum().item()
-        our_loss = train.train_step(run, ours, batch, rate)[:2].sum().item()
+        losses = train.train_step(ours, criterion, our_optimizer, scaler, batch, rate, "fp32", settings.grad_clip)
+        our_loss = losses[:2].sum().item()
         rows.append({"torchvision": their_loss, "same_matches": same, "matched_otherwise": n_other, "ours": our_loss})
         if not math.isfinite(their_loss + our_loss):
             raise DivergenceError(f"a loss at iteration {iteration + 1} is not finite: {rows[-1]}")

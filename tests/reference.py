@@ -131,7 +131,7 @@ def average_precisions(
         if eleven_points:
             best_beyond = [
                 max((p for p, r in zip(precision, recall, strict=True) if r >= t), default=0.0)
-                for t in np.arange(0.0, 1.1, 0.1)
+                for t in [j / 10 for j in range(11)]
             ]
             results.append(sum(best_beyond) / 11)
         else:

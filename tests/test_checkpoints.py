@@ -1,4 +1,4 @@
-"""Weights of other systems: recognised by content, exact, and never run."""
+"""Weights of other systems are recognised by their contents and exact; no code in a file is run."""
 
 import pickle
 import re
@@ -17,12 +17,13 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 from torchvision.models.detection.image_list import ImageList
 
-import checkpoints
-from checkpoints import load_checkpoint, load_model, save_checkpoint, save_weights, transfer
-from files import InputError
-from model import SSD300
+from model import SSD300, load_model
+from support import checkpoints
+from support.checkpoints import read_checkpoint, save_checkpoint, save_weights
+from support.files import InputError
+from support.voc import label_map, make_label_map
+from train import transfer
 from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy
-from voc import label_map, make_label_map
 
 SSD_PYTORCH = np.load(DATA / "ssdpytorch_reference.npz")
 CATEGORIES = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
@@ -77,14 +78,8 @@ def test_our_own_checkpoints_and_exported_weights_are_exact(tmp_path, mean):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     model(images()[:1])[0].sum().backward()
     optimizer.step()
-    save_checkpoint(
-        tmp_path / "all.pth",
-        model,
-        optimizer,
-        torch.amp.GradScaler("cpu"),
-        {"iteration": 7, "best_loss": 1.5},
-        {"seed": 3},
-    )
+    training = {"optimizer": optimizer.state_dict(), "scaler": {}, "settings": {"seed": 3}, "iteration": 7}
+    save_checkpoint(tmp_path / "all.pth", model, {**training, "best_loss": 1.5})
     save_weights(tmp_path / "small.any", model)
     for name in ("all.pth", "small.any"):
         loaded = load_model(tmp_path / name)
@@ -93,9 +88,9 @@ def test_our_own_checkpoints_and_exported_weights_are_exact(tmp_path, mean):
         assert (loaded.priors, loaded.pixel_mean) == ("coco", mean)
         assert_same_outputs(loaded, model)
     assert (tmp_path / "small.any").stat().st_size < 0.6 * (tmp_path / "all.pth").stat().st_size
-    assert load_checkpoint(tmp_path / "all.pth")["iteration"] == 7
-    with pytest.raises(InputError, match=r"small\.any: no checkpoint to go on from"):
-        load_checkpoint(tmp_path / "small.any")
+    assert read_checkpoint(tmp_path / "all.pth")["iteration"] == 7
+    with pytest.raises(InputError, match=r"small\.any: not a checkpoint of train.py"):
+        read_checkpoint(tmp_path / "small.any")
 
 
 @pytest.fixture
@@ -209,7 +204,7 @@ def test_detections_are_those_of_torchvisions_post_processing_without_its_cuts(t
         assert torch.allclose(found[0][image] * 300, theirs["boxes"] - 300, atol=1e-2)
 
 
-def test_coco_comes_from_torchvisions_cache_or_ends_in_one_line(tmp_path, monkeypatch, torchvision_model):
+def test_coco_is_read_from_torchvisions_cache_or_ends_in_one_line(tmp_path, monkeypatch, torchvision_model):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cache = tmp_path / "hub" / "checkpoints" / "ssd300_vgg16_coco-b556d3b4.pth"
     cache.parent.mkdir(parents=True)
@@ -217,7 +212,7 @@ def test_coco_comes_from_torchvisions_cache_or_ends_in_one_line(tmp_path, monkey
     assert load_model("coco").label_map == label_map
     cache.unlink()
     monkeypatch.setattr(SSD300_VGG16_Weights.COCO_V1.value, "url", "http://127.0.0.1:9/ssd300_vgg16_coco-b556d3b4.pth")
-    with pytest.raises(InputError, match="give a file of weights instead of coco") as caught:
+    with pytest.raises(InputError, match="name a file of weights instead of coco") as caught:
         load_model("coco")
     assert str(cache) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -301,7 +296,7 @@ def test_a_hostile_checkpoint_in_the_tutorials_old_format_is_not_run(tmp_path, t
 
 
 def test_an_old_file_can_change_no_class_and_write_no_file(tmp_path, monkeypatch):
-    """A pickle that gives the stand-in class attributes by which torch.load would write a patch of its source."""
+    """A pickle that sets attributes of the stand-in class, with which torch.load would write a patch of its source."""
 
     def text(value):
         return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -327,7 +322,7 @@ def test_an_old_file_can_change_no_class_and_write_no_file(tmp_path, monkeypatch
         with pytest.raises(InputError, match=path.name):
             load_model(path)
         assert not list(tmp_path.glob("harm*"))
-    assert not hasattr(checkpoints._Remains, "dump_patches")
+    assert not hasattr(checkpoints._StandIn, "dump_patches")
 
 
 class Hostile:
@@ -367,7 +362,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_file_that_is_no_network_is_named_on_one_line_and_not_run(kind, tmp_path):
+def test_a_file_that_holds_no_network_is_named_on_one_line_and_not_run(kind, tmp_path):
     BAD[kind](tmp_path / "bad.pth", ssd_pytorch_weights())
     with pytest.raises(InputError, match=r"bad\.pth") as caught:
         load_model(tmp_path / "bad.pth")

@@ -1,7 +1,8 @@
-"""Data of one's own: classes, folders, the checker's report, the preview."""
+"""The user's own data: classes, folders, the checker's report, the preview."""
 
 import json
 import os
+import re
 import signal
 
 import fuzz
@@ -11,26 +12,37 @@ import torch
 from PIL import Image
 
 import create_data_lists as script
-from checks import best_overlap, best_prior_overlaps, check, preview, print_problems
 from datasets import PascalVOCDataset
-from files import InputError
-from model import SSD300, MultiBoxLoss
-from utils import cxcy_to_xy, find_jaccard_overlap
-from voc import (
+from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
+from support import checks
+from support.checks import best_prior_overlaps, check, preview, print_problems
+from support.files import InputError
+from support.voc import (
     label_objects,
     make_label_map,
     read_annotation,
     read_annotations,
-    read_labels,
     read_split,
     split_at_random,
 )
+from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy, find_jaccard_overlap, jaccard_overlap
 
 CLASSES = make_label_map(["bolt", "nut"])
 
 
+def check_splits(splits, **options):
+    """Check with the default priors."""
+    priors = [feature_map.numpy() for feature_map in split_by_feature_map(create_prior_boxes())]
+    return check(splits, CLASSES, priors, jaccard_overlap, **options)
+
+
+def draw_preview(dataset, n, seed=0):
+    """Draw the preview with the default priors."""
+    return preview(dataset, n, MultiBoxLoss(create_prior_boxes()), IMAGENET_MEAN, IMAGENET_STD, seed)
+
+
 def xml(*objects, size=(100, 80)):
-    """The text of an annotation of objects (class name, x_min, y_min, x_max, y_max)."""
+    """Return the text of an annotation with objects (class name, x_min, y_min, x_max, y_max)."""
     text = "<annotation>"
     if size:
         text += f"<size><width>{size[0]}</width><height>{size[1]}</height><depth/></size>"
@@ -44,7 +56,7 @@ def xml(*objects, size=(100, 80)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Make a VOC folder: {split: {file name of an image: text of its annotation}}; each image has its own colour."""
+    """Make a VOC folder from {split: {image file name: annotation text}}; each image has its own colour."""
 
     def make(splits, root="own"):
         root = tmp_path / root
@@ -67,12 +79,13 @@ BOLT, NUT = ("bolt", 11, 11, 60, 60), ("nut", 31, 21, 90, 70)
 
 
 def prepare(*arguments):
+    """Make lists as the command line does; return both data sets."""
     settings = script.parse_arguments([str(argument) for argument in arguments])
     script.make_lists(settings)
     return {split: PascalVOCDataset(settings.output_folder, split, keep_difficult=True) for split in ("TRAIN", "TEST")}
 
 
-def test_own_folders_of_any_number_and_image_format_become_lists(folder, tmp_path):
+def test_lists_are_made_from_several_folders_and_image_formats(folder, tmp_path):
     one = folder({"trainval": {"a b.jpg": xml(BOLT), "c.PNG": xml(NUT)}, "val": {"d.webp": xml(NUT)}})
     two = folder({"mine": {"a.bmp": xml(BOLT, NUT)}, "test": {"e.jpeg": xml()}}, "two: the second")
     labels = tmp_path / "classes.txt"
@@ -97,28 +110,28 @@ def test_own_folders_of_any_number_and_image_format_become_lists(folder, tmp_pat
         ("background\ncat\n", ["cat"]),
     ],
 )
-def test_label_files_are_lines_lists_or_maps(content, expected, tmp_path):
+def test_a_label_file_has_lines_a_list_or_a_map(content, expected, tmp_path):
     path = tmp_path / "labels"
     path.write_text(content, newline="")
-    classes = read_labels(path)
+    classes = script.read_labels(path)
     assert sorted(classes, key=classes.get) == ["background", *expected]
 
 
 @pytest.mark.parametrize("content", ["", "cat\ncat\n", "[1, 2]", '{"cat": 7}', "[", "\udcff", "[[]]"])
-def test_label_files_that_are_none_are_refused_by_name(content, tmp_path):
+def test_an_invalid_label_file_is_refused_by_name(content, tmp_path):
     path = tmp_path / "labels"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=str(path)):
-        read_labels(path)
+        script.read_labels(path)
 
 
-def test_classes_are_collected_sorted_and_from_both_splits(folder, tmp_path):
+def test_automatic_classes_are_sorted_and_come_from_both_splits(folder, tmp_path):
     root = folder({"trainval": {"a.jpg": xml(NUT)}, "test": {"b.jpg": xml(BOLT)}})
     data = prepare("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
     assert data["TEST"].label_map == CLASSES
 
 
-def test_unknown_classes_stop_with_their_counts_or_are_left_out(folder, tmp_path):
+def test_unknown_classes_are_refused_with_their_counts_or_ignored(folder, tmp_path):
     root = folder({"trainval": {"a.jpg": xml(NUT, BOLT, BOLT)}, "test": {"b.jpg": xml(("washer", 1, 1, 50, 50), NUT)}})
     labels = tmp_path / "labels"
     labels.write_text("nut")
@@ -131,7 +144,7 @@ def test_unknown_classes_stop_with_their_counts_or_are_left_out(folder, tmp_path
     assert data["TRAIN"].objects[0]["boxes"] == [[30, 20, 89, 69]]
 
 
-def test_pixels_count_from_one_unless_told(tmp_path, folder):
+def test_pixels_count_from_one_unless_the_annotations_are_zero_based(tmp_path, folder):
     path = folder({"trainval": {"a.jpg": xml(("bolt", 0, 0.5, 99.5, 80))}}) / "Annotations" / "a.xml"
     assert read_annotation(path)["boxes"] == [[0, 0, 98.5, 79]]
     assert read_annotation(path)["n_below"] == 1
@@ -141,7 +154,7 @@ def test_pixels_count_from_one_unless_told(tmp_path, folder):
     assert [read_annotation(path, zero_based)["n_below"] for zero_based in (False, True)] == [1, 1]
 
 
-def test_the_command_line_tells_from_where_pixels_count(folder, tmp_path, capsys):
+def test_zero_based_annotations_are_noticed_and_read_with_the_option(folder, tmp_path, capsys):
     root = folder({"trainval": {"a.jpg": xml(("bolt", 0, 5, 60, 50))}, "test": {"b.jpg": xml(BOLT)}})
     arguments = ("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
     assert prepare(*arguments)["TRAIN"].objects[0]["boxes"] == [[0, 4, 59, 49]]
@@ -153,7 +166,7 @@ def test_the_command_line_tells_from_where_pixels_count(folder, tmp_path, capsys
     assert "box that begins below 0: 1" in capsys.readouterr().out
 
 
-def test_a_random_split_is_a_function_of_its_seed_and_takes_all(folder):
+def test_a_random_split_depends_on_its_seed_and_contains_all_images(folder):
     roots = [folder({"x": {f"{i}.jpg": xml() for i in range(n)}}, name) for name, n in (("one", 7), ("two", 4))]
     train, test = split_at_random(roots, 0.8, seed=3)
     assert (len(train), len(test)) == (9, 2)
@@ -168,16 +181,16 @@ def test_a_random_split_is_a_function_of_its_seed_and_takes_all(folder):
         split_at_random(roots, 0.8, seed=3)
 
 
-def test_the_command_line_divides_by_its_seed(folder, tmp_path):
+def test_the_seed_of_the_command_line_decides_the_random_split(folder, tmp_path):
     root = folder({"x": {f"{number}.jpg": xml(BOLT) for number in range(9)}})
     arguments = ("--train", root, root / "", "--split", 0.5, "--labels", "auto", "--output-folder", tmp_path / "lists")
     data = [prepare(*arguments, "--seed", seed) for seed in (0, 0, 1)]
     images = [[sorted(part.images) for part in parts.values()] for parts in data]
     assert images[0] == images[1] != images[2]
-    assert not set(images[0][0]) & set(images[0][1])  # though the folder was given twice
+    assert not set(images[0][0]) & set(images[0][1])  # although the folder is given twice
 
 
-def test_folders_are_read_in_the_order_of_names(folder, monkeypatch):
+def test_the_random_split_does_not_depend_on_the_order_of_the_folder(folder, monkeypatch):
     root = folder({"x": {f"{number}.jpg": xml() for number in range(5)}})
     expected = split_at_random([root], 0.5, seed=0)
     names = os.listdir(root / "Annotations")
@@ -186,12 +199,12 @@ def test_folders_are_read_in_the_order_of_names(folder, monkeypatch):
         assert split_at_random([root], 0.5, seed=0) == expected
 
 
-def test_of_images_of_one_name_the_jpeg_counts(folder):
+def test_of_several_images_with_one_name_the_jpeg_is_used(folder):
     root = folder({"trainval": {"a.png": xml()}, "test": {"a.jpg": xml()}, "more": {"a.bmp": xml()}})
     assert read_split(root, "trainval")[0][0].endswith("a.jpg")
 
 
-def test_names_may_lead_to_folders_below(folder):
+def test_an_image_name_may_include_sub_folders(folder):
     root = folder({"trainval": {"a.jpg": xml()}})
     for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
         (root / part / "s").mkdir()
@@ -200,7 +213,7 @@ def test_names_may_lead_to_folders_below(folder):
     assert read_split(root, "x") == [(str(root / "JPEGImages/s/b.jpg"), str(root / "Annotations/s/b.xml"))]
 
 
-def test_names_of_files_may_be_of_any_encoding(folder, tmp_path):
+def test_file_names_may_have_any_encoding(folder, tmp_path):
     root = folder({"trainval": {"caf\udce9.jpg": xml(BOLT)}, "test": {"猫.jpg": xml(BOLT)}})
     data = prepare("--train", root, "--split", 0.5, "--labels", "auto", "--output-folder", tmp_path / "lists")
     names = {path.rpartition("/")[2] for part in data.values() for path in part.images}
@@ -209,17 +222,17 @@ def test_names_of_files_may_be_of_any_encoding(folder, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["a", "a.jpg", "a 1", "  a -1 ", "\ufeffa"])
-def test_a_line_of_a_split_is_a_name_with_what_may_stand_beside_it(line, folder):
+def test_a_line_of_a_split_may_have_a_suffix_or_a_flag(line, folder):
     root = folder({"trainval": {"a.jpg": xml()}})
     (root / "ImageSets" / "Main" / "s.txt").write_text(line + "\n\n")
     assert read_split(root, "s") == [(str(root / "JPEGImages" / "a.jpg"), str(root / "Annotations" / "a.xml"))]
 
 
 @pytest.mark.parametrize("line", ["b", "../Annotations/a", "/etc/passwd", "a/../a", "a.2", "a 3", "a (copy)", "s/a"])
-def test_a_line_of_a_split_that_names_no_image_is_refused(line, folder):
+def test_a_line_of_a_split_without_an_image_is_refused(line, folder):
     root = folder({"trainval": {"a.jpg": xml()}})
     (root / "ImageSets" / "Main" / "s.txt").write_text(line)
-    with pytest.raises(InputError, match="no such image, though .*s.txt names it"):
+    with pytest.raises(InputError, match="no such image, but .*s.txt names it"):
         read_split(root, "s")
 
 
@@ -227,26 +240,26 @@ def test_a_line_of_a_split_that_names_no_image_is_refused(line, folder):
     ("arguments", "message"),
     [
         ([], "give one of --train"),
-        (["--train", "a"], "give --test ROOT.:SPLIT. or --split"),
-        (["--train", "a", "--test", "b", "--split", "0.5"], "give --test ROOT.:SPLIT. or --split"),
+        (["--train", "a"], "needs either --test ROOT.:SPLIT. or --split"),
+        (["--train", "a", "--test", "b", "--split", "0.5"], "needs either --test ROOT.:SPLIT. or --split"),
         (["--train", ".", "--split", "1.5"], "between 0 and 1"),
-        (["--voc07", "a", "--split", "0.5"], "go with --train"),
-        (["--voc12", "a", "--train", ".", "--split", "0.5"], "goes with --voc07"),
+        (["--voc07", "a", "--split", "0.5"], "--test and --split need --train"),
+        (["--voc12", "a", "--train", ".", "--split", "0.5"], "--voc12 needs --voc07"),
         (["--voc07", "a", "--sample"], "give one of"),
         (["--sample", "--preview", "0"], "1 to 200"),
-        (["--sample", "--check"], "go with --train"),
-        (["--preview", "2", "--labels", "x"], "go with --train"),
+        (["--sample", "--check"], "--check need --train"),
+        (["--preview", "2", "--labels", "x"], "--check need --train"),
         (["--train", "a:b", "--split", "0.5"], "a:b: no such folder"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(arguments, message):
+def test_contradictory_settings_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         script.parse_arguments([*arguments, "--output-folder", "x"])
 
 
 @pytest.fixture
 def spoilt(folder):
-    """A folder with every problem that the checker knows, once each."""
+    """A folder with every problem that the checker knows."""
     root = folder({
         "trainval": {
             "fine.jpg": xml(BOLT), "cut.jpg": xml(BOLT), "wrong.jpg": "<annotation>",
@@ -272,16 +285,18 @@ def spoilt(folder):
     return root
 
 
-def test_the_checker_finds_each_problem_once_and_nothing_else(spoilt, capsys):
-    def found(with_images):
+def test_the_checker_reports_each_problem_once_and_nothing_else(spoilt, capsys):
+    def report(with_images):
+        """Return what is reported: {first letters of the problem: file names}."""
         splits = read_annotations(read_split(spoilt, "trainval"), read_split(spoilt, "test"))
-        print_problems(*(problems := check(splits, CLASSES, with_images)))
+        breaking, odd, _ = check_splits(splits, with_images=with_images)
+        print_problems(breaking, odd)
         return tuple(
             {title[:20]: [line.split(":")[0].rsplit("/", 1)[-1] for line in lines] for title, lines in part.items()}
-            for part in problems
+            for part in (breaking, odd)
         )
 
-    breaking, odd = found(with_images=False)
+    breaking, odd = report(with_images=False)
     assert breaking == {
         "annotation that cann": ["wrong.xml"], "box without area": ["flat.xml", "hair.xml"],
         "box outside its imag": ["outside.xml", "under.xml", "turned.xml"],
@@ -291,7 +306,7 @@ def test_the_checker_finds_each_problem_once_and_nothing_else(spoilt, capsys):
         "object too small for": ["small.xml"], "box that reaches bey": ["deep.xml", "beyond.xml"],
         "image twice in TEST": ["other.jpg"],
     }  # fmt: skip
-    breaking, odd = found(with_images=True)
+    breaking, odd = report(with_images=True)
     assert breaking["image that cannot be"] == ["cut.jpg"]
     assert breaking["box outside its imag"] == ["outside.xml", "under.xml", "sizeless.xml"]  # turned.xml's is inside
     assert odd["size in the annotati"] == ["size.xml", "turned.xml"]
@@ -301,28 +316,29 @@ def test_the_checker_finds_each_problem_once_and_nothing_else(spoilt, capsys):
     assert capsys.readouterr().out.split() == ["Worth", "a", "look:", "odd:", "7", *"01234", "..."]
 
 
-def test_a_check_that_finds_what_breaks_a_training_ends_with_status_2_and_writes_nothing(spoilt, tmp_path, run):
+def test_problems_that_make_training_impossible_end_with_status_2_and_nothing_is_written(spoilt, tmp_path, run):
     arguments = ("--train", spoilt, "--test", spoilt, "--labels", "auto", "--output-folder", tmp_path / "lists")
     message = run("create_data_lists.py", *arguments, "--check", status=2)
-    assert "7 problems like that, the first of each kind above" in message
+    assert "(7 problems in all)" in message
     assert not (tmp_path / "lists").exists()
     for name in ("cut", "wrong", "flat", "hair", "outside", "under", "sizeless"):
         for split in ("trainval", "test"):
             path = spoilt / "ImageSets" / "Main" / f"{split}.txt"
             path.write_text("\n".join(line for line in path.read_text().splitlines() if line != name))
     printed = run("create_data_lists.py", *arguments, "--check", "--preview", 3)
+    assert "training impossible" not in printed
     assert "size in the annotation that is not the image's: 2" in printed
     with Image.open(tmp_path / "lists" / "preview.jpg") as picture:
         assert min(picture.size) > 800
 
 
-def test_a_class_without_objects_is_named_by_split(folder):
+def test_a_class_without_objects_is_reported_for_each_split(folder):
     root = folder({"trainval": {"a.jpg": xml(NUT)}, "test": {"b.jpg": xml(BOLT)}})
-    _, odd = check(read_annotations(read_split(root, "trainval"), read_split(root, "test")), CLASSES)
+    _, odd, _ = check_splits(read_annotations(read_split(root, "trainval"), read_split(root, "test")))
     assert odd == {"class without objects in TRAIN": ["bolt"], "class without objects in TEST": ["nut"]}
 
 
-def test_unknown_classes_that_are_left_out_are_not_checked(folder, tmp_path, capsys):
+def test_objects_of_ignored_classes_are_not_checked(folder, tmp_path, capsys):
     flat, reserved, small = ("dust", 5, 5, 5, 9), ("background", 1, 1, 50, 50), ("dust", 5, 5, 9, 9)
     root = folder({"trainval": {"a.jpg": xml(BOLT, flat, reserved, small, small)}, "test": {"b.jpg": xml(BOLT)}})
     labels = tmp_path / "labels"
@@ -334,14 +350,14 @@ def test_unknown_classes_that_are_left_out_are_not_checked(folder, tmp_path, cap
         prepare(*arguments)
 
 
-def test_a_killed_process_of_the_check_ends_in_one_line(spoilt, monkeypatch):
+def test_a_killed_reading_process_gives_one_line(spoilt, monkeypatch):
     splits = read_annotations(read_split(spoilt, "trainval"), [])
-    monkeypatch.setattr("checks.read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(checks, "read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match="a process that reads images was killed"):
-        check(splits, CLASSES, with_images=True)
+        check_splits(splits, with_images=True)
 
 
-def test_the_share_that_overlaps_no_prior_is_of_the_images_sides(folder, tmp_path, capsys):
+def test_overlaps_with_priors_are_computed_with_the_images_size(folder, tmp_path, capsys):
     """In an image of 100 x 80 a box of 4 x 60 pixels is too thin for any prior; one of 40 x 40 is not."""
     thin, fit = ("bolt", 11, 11, 15, 71), ("bolt", 31, 21, 71, 61)
     root = folder({"trainval": {"a.jpg": xml(thin, fit, fit, fit)}, "test": {"b.jpg": xml(fit)}})
@@ -349,46 +365,52 @@ def test_the_share_that_overlaps_no_prior_is_of_the_images_sides(folder, tmp_pat
     printed = capsys.readouterr().out
     assert "TRAIN: 25.0% of objects overlap no prior by 0.5" in printed
     assert "TEST: 0.0% of objects" in printed
-    boxes = {"boxes": [[10, 10, 30, 15]], "labels": [1], "difficulties": [0]}
-    wide = best_prior_overlaps({"TRAIN": ([""], [boxes])}, {"TRAIN": ([""], [{"size": (40, 20)}])})["TRAIN"]
-    model = SSD300(2, pretrained=False)
+    annotation = {"path": "", "names": ["nut"], "boxes": [[10, 10, 30, 15]], "size": (40, 20), "n_below": 0}
+    splits = {"TRAIN": ([""], [annotation | {"problems": []}]), "TEST": ([], [])}
+    overlaps = check_splits(splits)[2]["TRAIN"]
     fractional = torch.tensor([[10 / 40, 10 / 20, 30 / 40, 15 / 20]])
-    assert wide == pytest.approx(find_jaccard_overlap(fractional, cxcy_to_xy(model.priors_cxcy)).max().item(), abs=1e-6)
+    expected = find_jaccard_overlap(fractional, cxcy_to_xy(create_prior_boxes())).max().item()
+    assert overlaps == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_best_prior_of_few_is_the_best_of_all(model, random_objects):
+@pytest.mark.parametrize("family", PRIOR_FAMILIES)
+def test_the_best_of_the_nearest_priors_is_the_best_of_all(family, random_objects, monkeypatch):
+    monkeypatch.setattr(checks, "CHUNK", 70)
     boxes = torch.cat([random_objects(np.random.RandomState(seed), 50)[0] for seed in range(6)])
     boxes[:20, 2:] = boxes[:20, :2] + 0.01  # tiny ones
     boxes[20:25] = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    expected = find_jaccard_overlap(boxes, cxcy_to_xy(model.priors_cxcy)).max(dim=1).values
-    found = best_overlap(boxes.double().numpy(), model.priors_cxcy.numpy())
-    assert np.allclose(found, expected, atol=1e-5)
+    priors = create_prior_boxes(family)
+    expected = find_jaccard_overlap(boxes, cxcy_to_xy(priors)).max(dim=1).values
+    feature_maps = [feature_map.numpy() for feature_map in split_by_feature_map(priors)]
+    best = best_prior_overlaps(boxes.double().numpy(), feature_maps, jaccard_overlap)
+    assert np.allclose(best, expected, atol=1e-5)
 
 
-def test_an_object_is_too_small_where_no_prior_on_its_centre_matches_it(model):
+def test_an_object_is_too_small_if_it_is_smaller_than_all_priors_and_matches_none():
     rng = np.random.default_rng(0)
     shapes = rng.uniform(0.02, 0.12, (200, 2))
-    boxes = np.concatenate([0.5 - shapes / 2, 0.5 + shapes / 2], axis=1)
-    sides = torch.unique(model.priors_cxcy[:, 2:], dim=0)
-    centred = torch.cat([0.5 - sides / 2, 0.5 + sides / 2], dim=1)
-    best = find_jaccard_overlap(torch.tensor(boxes).float(), centred).max(dim=1).values.numpy()
-    pixels = (boxes * 1000).tolist()
-    annotation = {
-        "path": "x",
-        "names": ["nut"] * 200,
-        "boxes": pixels,
-        "size": (1000, 1000),
-        "problems": [],
-        "n_below": 0,
-    }
-    _, odd = check({"TRAIN": (["a"], [annotation]), "TEST": ([], [])}, CLASSES)
+    corners = rng.uniform(0, 1 - shapes)
+    pixels = (1000 * np.concatenate([corners, corners + shapes], axis=1)).tolist()
+    best = find_jaccard_overlap(torch.tensor(pixels) / 1000, cxcy_to_xy(create_prior_boxes())).max(dim=1).values.numpy()
+    parts = [slice(0, 90), slice(90, 90), slice(90, 200)]  # of images, one without objects
+    annotations = [
+        {"path": f"{part.start}.xml", "names": ["nut"] * len(pixels[part]), "boxes": pixels[part],
+         "size": (1000, 1000), "problems": [], "n_below": 0}
+        for part in parts
+    ]  # fmt: skip
+    _, odd, _ = check_splits({"TRAIN": (["a", "b", "c"], annotations), "TEST": ([], [])})
     lines = next(lines for title, lines in odd.items() if "too small" in title)
-    found = {int(line.split("object ")[1].split(" ")[0]) - 1 for line in lines}
-    assert found == {index for index in range(200) if best[index] < 0.5 and shapes[index].prod() < 0.01}
-    assert 20 < len(found) < 180
+    reported = set()
+    for line in lines:
+        first, number = re.match(r"(\d+)\.xml: object (\d+) \(nut\)", line).groups()
+        reported.add(int(first) + int(number) - 1)
+    assert reported == {index for index in range(200) if best[index] < 0.5 and shapes[index].prod() < 0.01}
+    assert 20 < len(reported) < 180
+    smaller_threshold = check_splits({"TRAIN": (["a", "b", "c"], annotations), "TEST": ([], [])}, threshold=0.3)[1]
+    assert 0 < len(next(lines for title, lines in smaller_threshold.items() if "too small" in title)) < len(lines)
 
 
-def test_the_preview_shows_what_the_network_gets(folder, tmp_path, model):
+def test_the_preview_shows_what_the_network_gets(folder, tmp_path):
     root = folder(
         {
             "trainval": {"empty.jpg": xml(), "a.jpg": xml(("bolt", 21, 11, 81, 71), ("nut", 1, 1, 31, 31))},
@@ -398,23 +420,23 @@ def test_the_preview_shows_what_the_network_gets(folder, tmp_path, model):
     splits = read_annotations(read_split(root, "trainval"), read_split(root, "test"))
     script.write_data_lists(label_objects(splits, CLASSES), CLASSES, tmp_path / "lists")
     dataset = PascalVOCDataset(tmp_path / "lists", "TRAIN", keep_difficult=True, augment=False)
-    sheet = preview(dataset, 1)  # the image with an object
+    sheet = draw_preview(dataset, 1)  # the image with objects
     pixels = np.asarray(sheet).astype(int)
     background = np.abs(pixels - (10, 90, 50)).max(axis=2) < 12
     half = sheet.width // 2
-    assert 80_000 < background[:, :half].sum() < 420 * 336  # as it is, less the box's lines and its label
+    assert 80_000 < background[:, :half].sum() < 420 * 336  # as it is, without the boxes and their labels
     assert 120_000 < background[:, half:].sum() < 420 * 420  # as the network gets it
     captions = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("checks.draw_boxes", lambda image, boxes, texts, colors: captions.append(texts) or image)
-        preview(dataset, 1)
+        patch.setattr(checks, "draw_boxes", lambda image, boxes, texts, colors: captions.append(texts) or image)
+        draw_preview(dataset, 1)
     _, boxes, labels, _ = dataset[0, 1]
-    matched = MultiBoxLoss(model.priors_cxcy).match([boxes], [labels])[1]
+    matched = MultiBoxLoss(create_prior_boxes()).match([boxes], [labels])[1]
     assert captions == [["bolt", "nut"], [f"bolt {(matched == 1).sum()}", f"nut {(matched == 2).sum()}"]]
-    assert (preview(dataset, 2, seed=0).size, preview(dataset, 9, seed=1).size) == (sheet.resize((1750, 474)).size,) * 2
+    assert draw_preview(dataset, 2, seed=0).size == draw_preview(dataset, 9, seed=1).size == (1750, 474)
 
 
-def test_lists_made_earlier_can_be_previewed(sample, tmp_path, run):
+def test_existing_lists_can_be_previewed(sample, tmp_path, run):
     folder = tmp_path / "lists"
     folder.mkdir()
     for path in sample.glob("*.json"):
@@ -425,13 +447,13 @@ def test_lists_made_earlier_can_be_previewed(sample, tmp_path, run):
 
 
 @pytest.mark.parametrize("first", range(0, 150, 50))
-def test_broken_input_works_or_is_named(first):
+def test_broken_input_works_or_is_reported_by_name(first):
     for number in range(first, first + 50):
         assert fuzz.run_case(number) in ("works", "named")
 
 
 @pytest.mark.parametrize("side", ["1e-320", "0", "-5", "nan", "1e12", "x"])
-def test_a_size_that_no_image_has_is_taken_for_none(side, folder):
+def test_an_impossible_image_size_is_ignored(side, folder):
     path = folder({"trainval": {"a.jpg": xml(BOLT, size=(side, 80))}}) / "Annotations" / "a.xml"
     assert read_annotation(path)["size"] is None
     assert read_annotation(path)["boxes"] == [[10, 10, 59, 59]]

@@ -11,8 +11,8 @@ from model import _non_maximum_suppression
 from utils import cxcy_to_xy
 
 
-def few_priors(model, locs, scores, *limits):
-    """detect_objects of a model that has only the priors of these predictions."""
+def detect_with_first_priors(model, locs, scores, *limits):
+    """Call detect_objects on a model that has only as many priors as there are predictions."""
     priors, model.priors_cxcy = model.priors_cxcy, model.priors_cxcy[: locs.size(1)]
     try:
         return model.detect_objects(locs, scores, *limits)
@@ -22,7 +22,7 @@ def few_priors(model, locs, scores, *limits):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.1, 0.45, 1.0]))
-def test_detections_equal_the_loop_on_everything(model, seed, min_score, max_overlap):
+def test_detections_equal_those_of_the_reference_loop(model, seed, min_score, max_overlap):
     generator = torch.Generator().manual_seed(seed)
     n = int(torch.randint(1, 120, (), generator=generator))
     locs = torch.randn(2, n, 4, generator=generator)
@@ -30,7 +30,7 @@ def test_detections_equal_the_loop_on_everything(model, seed, min_score, max_ove
     if seed % 2:
         scores = scores.round()  # many ties
     top_k = int(torch.randint(1, 20, (), generator=generator))
-    detections = few_priors(model, locs, scores, min_score, max_overlap, top_k)
+    detections = detect_with_first_priors(model, locs, scores, min_score, max_overlap, top_k)
     for image in range(2):
         boxes, labels, probabilities = reference.detect_objects(
             model.priors_cxcy[:n], locs[image], scores[image], min_score, max_overlap, top_k
@@ -40,18 +40,18 @@ def test_detections_equal_the_loop_on_everything(model, seed, min_score, max_ove
         assert torch.allclose(detections[0][image], boxes, atol=1e-6)
 
 
-def test_an_untrained_network_s_worth_of_candidates_equals_the_loop(model):
+def test_detections_equal_those_of_the_loop_if_nearly_every_prior_is_a_candidate(model):
     torch.manual_seed(0)
     locs, scores = torch.randn(1, 700, 4), torch.randn(1, 700, 21) * 0.1
-    found = few_priors(model, locs, scores, 0.01, 0.45, 200)
+    detections = detect_with_first_priors(model, locs, scores, 0.01, 0.45, 200)
     boxes, labels, _ = reference.detect_objects(model.priors_cxcy[:700], locs[0], scores[0], 0.01, 0.45, 200)
     assert len(labels) == 200
-    assert found[1][0].tolist() == labels
-    assert torch.allclose(found[0][0], boxes, atol=1e-6)
+    assert detections[1][0].tolist() == labels
+    assert torch.allclose(detections[0][0], boxes, atol=1e-6)
 
 
-def test_more_candidates_are_taken_until_enough_survive():
-    # 900 copies of one box are better than the other: the first candidates leave one survivor.
+def test_more_candidates_are_examined_until_enough_survive():
+    # 900 copies of one box have better scores than the other box, so the first candidates leave one survivor.
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4]]).repeat(901, 1)
     boxes[900] += 0.5
     scores = torch.linspace(0.9, 0.2, 901)[:, None]
@@ -66,28 +66,34 @@ def test_boxes_of_different_classes_do_not_suppress_each_other():
     kept, labels, _ = _non_maximum_suppression(boxes, torch.tensor([[0.9, 0.0], [0.0, 0.8]]), 0.1, 0.45, 10)
     assert len(kept) == 2
     assert labels.tolist() == [1, 2]
-    boxes[1] -= 1  # and would lie on the first if classes were kept apart by too little
+    boxes[1] -= 1  # if the classes were shifted apart by too little, this box would lie on the first
     assert len(_non_maximum_suppression(boxes, torch.tensor([[0.9, 0.0], [0.0, 0.8]]), 0.1, 0.45, 10)[0]) == 2
 
 
 def test_of_equal_scores_the_first_priors_win_at_bounded_cost(monkeypatch):
-    """As in the loop, also where more are equal than are taken at first."""
-    taken, nms = [], torchvision.ops.nms
-    monkeypatch.setattr(torchvision.ops, "nms", lambda boxes, *rest: taken.append(len(boxes)) or nms(boxes, *rest))
+    """So it is in the loop, too, even if more scores are equal than candidates are examined at first."""
+    n_examined, nms = [], torchvision.ops.nms
+
+    def counting_nms(boxes, *rest):
+        n_examined.append(len(boxes))
+        return nms(boxes, *rest)
+
+    monkeypatch.setattr(torchvision.ops, "nms", counting_nms)
     low = torch.rand(3000, 2, generator=torch.Generator().manual_seed(0))
     boxes = torch.cat([low, low + 0.3], dim=1)
-    kept, expected = _non_maximum_suppression(boxes, torch.full((3000, 1), 0.5), 0.1, 0.45, 5)[0], []
+    kept, _, _ = _non_maximum_suppression(boxes, torch.full((3000, 1), 0.5), 0.1, 0.45, 5)
+    expected = []
     for box in boxes:
         if all(torchvision.ops.box_iou(box[None], other[None]) <= 0.45 for other in expected):
             expected.append(box)
         if len(expected) == 5:
             break
     assert torch.equal(kept, torch.stack(expected))
-    assert taken == [20]
+    assert n_examined == [20]
 
 
 @pytest.mark.parametrize("min_score", [1.0, 0.999])
-def test_nothing_found_is_empty_tensors(model, min_score):
+def test_without_detections_the_tensors_are_empty(model, min_score):
     boxes, labels, scores = model.detect_objects(
         torch.zeros(2, 8732, 4), torch.zeros(2, 8732, 21), min_score, 0.45, 200
     )
@@ -95,7 +101,7 @@ def test_nothing_found_is_empty_tensors(model, min_score):
     assert labels[0].dtype == torch.long
 
 
-def test_predictions_that_are_not_finite_are_no_detections(model):
+def test_predictions_that_are_not_finite_are_not_detected(model):
     locs, scores = torch.zeros(1, 8732, 4), torch.zeros(1, 8732, 21)
     locs[0, 0], locs[0, 1, 2], scores[0, 2] = 1e6, float("nan"), float("nan")
     scores[0, :4, 3] = 10
@@ -104,7 +110,7 @@ def test_predictions_that_are_not_finite_are_no_detections(model):
     assert torch.allclose(boxes[0], cxcy_to_xy(model.priors_cxcy[3:4]))
 
 
-def test_a_prior_without_offset_is_its_own_box(model):
+def test_without_offsets_a_detection_is_its_prior(model):
     scores = torch.zeros(1, 8732, 21)
     scores[0, 8000, 5] = 10
     boxes, labels, probabilities = model.detect_objects(torch.zeros(1, 8732, 4), scores, 0.5, 0.45, 200)

@@ -1,6 +1,5 @@
-"""Precision, compilation and what a GPU must not be made to wait for."""
+"""Precision, compilation, and that nothing waits for a GPU."""
 
-import argparse
 import os
 import shutil
 
@@ -11,20 +10,21 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 
 import train
-from checkpoints import load_checkpoint
-from devices import (
+from model import SSD300, MultiBoxLoss
+from support.checkpoints import read_checkpoint
+from support.devices import (
     batches_on,
     choose_precision,
+    compile_network,
     count_cores,
     gather_over_processes,
     make_deterministic,
     mixed_precision,
 )
-from files import InputError
-from model import SSD300, MultiBoxLoss
+from support.files import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and there is none")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_a_cpu_computes_in_fp32_and_refuses_what_it_would_emulate():
@@ -36,7 +36,7 @@ def test_a_cpu_computes_in_fp32_and_refuses_what_it_would_emulate():
             choose_precision(name, CPU)
 
 
-def test_auto_is_bf16_on_a_gpu_made_for_it_and_fp32_on_others(monkeypatch):
+def test_auto_is_bf16_on_a_gpu_with_native_support_and_fp32_on_others(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert choose_precision("auto", CUDA) == ("bf16" if native else "fp32")
@@ -93,16 +93,16 @@ def test_the_loss_never_asks_a_gpu_for_a_value():
         assert criterion(locs, scores, boxes, labels).device.type == "cuda"
 
 
-def test_batches_on_a_cpu_are_the_loader_s():
+def test_batches_on_a_cpu_are_those_of_the_loader():
     batches = [(torch.zeros(1), 1, 2, 3), (torch.ones(1), 4, 5, 6)]
     assert list(batches_on(CPU, batches)) == batches
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs the C++ compiler g++, and there is none")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs the C++ compiler g++")
 def test_the_compiled_network_equals_the_eager_one():
     torch.manual_seed(0)
     model = SSD300(2, pretrained=False)
-    network = train.compile_network(model, 1, "fp32")
+    network = compile_network(model, (1, 3, 300, 300), "fp32")
     assert all(parameter.grad is None for parameter in model.parameters())
     images = torch.randn(1, 3, 300, 300)
     with torch.no_grad():
@@ -116,10 +116,10 @@ def test_a_network_that_cannot_be_compiled_ends_in_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda model: fail)
     with pytest.raises(InputError, match=r"^--compile: PyTorch cannot compile the network here \(no compiler\)"):
-        train.compile_network(SSD300(2, pretrained=False), 1, "fp32")
+        compile_network(SSD300(2, pretrained=False), (1, 3, 300, 300), "fp32")
 
 
-def test_what_is_deterministic_refuses_what_is_not(monkeypatch):
+def test_deterministic_mode_refuses_other_algorithms(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     indices = torch.zeros(1, 1, 2, 2, dtype=torch.long)
     try:
@@ -128,13 +128,13 @@ def test_what_is_deterministic_refuses_what_is_not(monkeypatch):
             torch.nn.functional.max_unpool2d(torch.ones(1, 1, 2, 2), indices, 2)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert os.environ == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    assert os.environ == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "MKL_CBWR": "AUTO"}
 
 
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 2), (1, 0)])
-def test_what_processes_gather_is_in_the_order_of_one(lengths, monkeypatch):
+def test_items_gathered_from_processes_are_in_the_order_of_one_process(lengths, monkeypatch):
     lists = [[(i, rank) for i in range(n)] for rank, n in enumerate(lengths)]
-    monkeypatch.setattr("devices.n_processes", lambda: 2)
+    monkeypatch.setattr("support.devices.n_processes", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, own: out.__setitem__(slice(None), lists))
     assert gather_over_processes(lists[0]) == sorted(lists[0] + lists[1])
 
@@ -148,7 +148,7 @@ def test_on_a_gpu_a_deterministic_run_is_resumed_bit_for_bit(precision, sample, 
     run("train.py", *arguments, "--output-folder", tmp_path / "whole", "--iterations", 6)
     run("train.py", *arguments, "--output-folder", tmp_path / "parts", "--iterations", 3)
     run("train.py", "--resume", tmp_path / "parts" / "checkpoint.pth", "--iterations", 6)
-    whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    whole, parts = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
 
@@ -181,12 +181,11 @@ def test_on_a_gpu_a_fast_step_agrees_with_eager_fp32(precision, compiled, random
         network = model
         if fast:
             model.to(memory_format=torch.channels_last)
-            network = train.compile_network(model, 4, precision) if compiled else model
+            network = compile_network(model, (4, 3, 300, 300), precision) if compiled else model
         optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], lr=0, fused=True)
         scaler = torch.amp.GradScaler("cuda", enabled=name == "fp16", init_scale=64.0)
         criterion = MultiBoxLoss(model.priors_cxcy)
-        run = train.Run(argparse.Namespace(grad_clip=0), None, model, criterion, optimizer, scaler, name)
-        losses = train.train_step(run, network, (images, boxes, labels, None), 0)[:2]
+        losses = train.train_step(network, criterion, optimizer, scaler, (images, boxes, labels), 0, name)[:2]
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).float()
         results.append((losses, gradient))
     (losses, gradient), (fast_losses, fast_gradient) = results

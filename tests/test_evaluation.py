@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import eval as eval_script
-from files import InputError
-from report import _false_detection, find_mistakes, write_report
-from results import (
+from support.files import InputError
+from support.report import _false_detection, find_mistakes, write_report
+from support.results import (
     bootstrap,
     coco_results,
     coco_scores,
@@ -29,8 +29,8 @@ from results import (
     summarize,
     write_voc_results,
 )
+from support.voc import make_label_map
 from utils import calculate_mAP, precision_recall_curves, read_image
-from voc import make_label_map
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])
 

@@ -1,14 +1,14 @@
-"""Files that are whole or not there, and errors in one line."""
+"""Files are written whole or not at all, and errors end in one line."""
 
 import errno
 import os
 
 import pytest
 
-from files import InputError, atomic_writer, check_folder, check_targets, run_command
+from support.files import InputError, atomic_writer, check_targets, run_command
 
 
-def test_a_file_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"earlier")
     with pytest.raises(TypeError), atomic_writer(path) as file:
@@ -30,7 +30,7 @@ def test_a_file_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path):
         (InputError("b.jpg: cannot be read"), "b.jpg: cannot be read"),
     ],
 )
-def test_an_error_while_writing_ends_in_one_line_that_names_its_file(error, expected, tmp_path, capsys):
+def test_an_error_while_writing_ends_in_one_line_that_names_the_file(error, expected, tmp_path, capsys):
     path = tmp_path / "a.json"
 
     def main():
@@ -46,20 +46,21 @@ def test_an_error_while_writing_ends_in_one_line_that_names_its_file(error, expe
     assert os.listdir(tmp_path) == []
 
 
-def test_targets_are_files_that_can_be_written_each_another(tmp_path, monkeypatch):
+def test_files_to_write_must_be_writable_and_different_from_each_other_and_from_the_inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").write_text("")
+    (tmp_path / "old").write_text("")
     os.mkfifo(tmp_path / "pipe")
-    check_targets("there", None, "new", inputs=["other"])
-    for targets, inputs, named in (
-        (["nowhere/x"], [], "nowhere/x: cannot be written"), (["."], [], r"\.: cannot be written"),
-        (["pipe"], [], "pipe: cannot be written"), (["there", "./there"], [], r"\./there: is read, or written"),
-        (["new"], ["../" + tmp_path.name + "/new"], "new: is read, or written"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=f"^{named}"):
-            check_targets(*targets, inputs=inputs)
-    check_folder("a/b/c")
-    for path in ("there", "there/x"):
-        with pytest.raises(InputError, match=f"^{path}: .* is no folder to write to"):
-            check_folder(path)
-    assert sorted(os.listdir()) == ["pipe", "there"]
+    check_targets("old", None, "new", folders=[None, ".", "a/b/c"], inputs=["other"])
+    for files, inputs, message in (
+        (["nowhere/x"], [], "nowhere/x: cannot write to .*/nowhere, which is not a writable folder"),
+        (["."], [], r"\.: exists and is not a regular file"),
+        (["pipe"], [], "pipe: exists and is not a regular file"),
+        (["old", "./old"], [], r"\./old: is also read, or written"),
+        (["new"], ["../" + tmp_path.name + "/new"], "new: is also read, or written"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            check_targets(*files, inputs=inputs)
+    for path in ("old", "old/x"):
+        with pytest.raises(InputError, match=f"^{path}: cannot write to .*/old, which is not a writable folder"):
+            check_targets(folders=[path])
+    assert sorted(os.listdir()) == ["old", "pipe"]

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from create_data_lists import make_sample
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
-from files import InputError
-from utils import create_data_lists, label_color_map, label_map, make_label_map, parse_annotation  # where users look
+from support.files import InputError
+from support.sample import make_sample
+
+# Users of the public tutorial import these from utils.
+from utils import create_data_lists, label_color_map, label_map, make_label_map, parse_annotation
 
 OBJECT = (
     "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}</object>"
@@ -43,7 +45,7 @@ def voc(tmp_path):
     return make
 
 
-def test_an_annotation_gives_its_objects_and_not_their_parts(tmp_path):
+def test_an_annotation_has_its_objects_but_not_their_parts(tmp_path):
     path = tmp_path / "a.xml"
     path.write_text(
         annotation(
@@ -71,8 +73,8 @@ def test_an_annotation_without_objects_is_empty(tmp_path):
         ("<annotation>", "cannot read this annotation"),
         ('<?xml version="1.0" encoding="utf-99"?><annotation/>', "cannot read this annotation"),
         ("<html><body/></html>", "its root is <html>"),
-        (annotation(OBJECT.format("uni\ncorn", "", 1, 1, 9, 9, "")), r"object 1 \(uni corn\) is of no known class"),
-        (annotation(OBJECT.format("unicorn", "", 1, 1, 9, 9, "")), r"object 1 \(unicorn\) is of no known class"),
+        (annotation(OBJECT.format("uni\ncorn", "", 1, 1, 9, 9, "")), r"object 1 \(uni corn\) has no known class"),
+        (annotation(OBJECT.format("unicorn", "", 1, 1, 9, 9, "")), r"object 1 \(unicorn\) has no known class"),
         (annotation(OBJECT.format("background", "", 1, 1, 9, 9, "")), "no known class"),
         (annotation("<object><bndbox/></object>"), r"object 1 \(no name\)"),
         (annotation("<object><name>cat</name></object>"), "xmin None"),
@@ -87,7 +89,7 @@ def test_an_annotation_without_objects_is_empty(tmp_path):
         (annotation(OBJECT.format("cat", "<difficult>maybe</difficult>", 1, 1, 9, 9, "")), "expected 0 or 1"),
     ],
 )
-def test_a_wrong_annotation_is_named_on_one_line(tmp_path, text, message):
+def test_an_invalid_annotation_gives_one_line_that_names_the_file(tmp_path, text, message):
     path = tmp_path / "wrong.xml"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
@@ -96,7 +98,7 @@ def test_a_wrong_annotation_is_named_on_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_lists_hold_both_years_for_training_and_empty_images(voc, tmp_path):
+def test_lists_contain_both_years_for_training_and_images_without_objects(voc, tmp_path):
     cat = OBJECT.format("cat", "", 11, 11, 50, 60, "")
     first = voc({"a": annotation(cat, extra=SIZE), "b": annotation(extra=SIZE)})
     second = voc({"c": annotation(cat, cat, extra=SIZE)}, "VOC2012")
@@ -112,7 +114,7 @@ def test_lists_hold_both_years_for_training_and_empty_images(voc, tmp_path):
     assert label_map["tvmonitor"] == 20
 
 
-def test_nothing_is_written_where_something_is_wrong(voc, tmp_path):
+def test_nothing_is_written_if_anything_is_wrong(voc, tmp_path):
     folder = voc({"a": annotation(extra=SIZE), "b": "<annotation>"})
     with pytest.raises(InputError, match=r"b\.xml"):
         create_data_lists([(folder, "trainval")], [(folder, "test")], tmp_path / "out")
@@ -126,7 +128,7 @@ def test_nothing_is_written_where_something_is_wrong(voc, tmp_path):
 
 @pytest.fixture
 def lists(voc, tmp_path):
-    """Folder with valid lists of two images, one with an easy and a difficult object, one without any."""
+    """A folder with the lists of two images: one with an easy and a difficult object, one without objects."""
     objects = (
         OBJECT.format("cat", "", 11, 11, 50, 60, ""),
         OBJECT.format("dog", "<difficult>1</difficult>", 1, 1, 9, 9, ""),
@@ -136,7 +138,7 @@ def lists(voc, tmp_path):
     return tmp_path / "lists"
 
 
-def test_the_data_set_gives_tensors_and_drops_difficult_objects_unless_told(lists):
+def test_the_data_set_returns_tensors_and_drops_difficult_objects_unless_told_to_keep_them(lists):
     image, boxes, labels, difficulties = PascalVOCDataset(lists, "TEST")[0]
     assert image.shape == (3, 300, 300)
     assert torch.allclose(boxes, torch.tensor([[0.1, 0.125, 0.49, 59 / 80]]))
@@ -151,14 +153,21 @@ def test_the_data_set_gives_tensors_and_drops_difficult_objects_unless_told(list
     assert boxes[1].shape == (0, 4)
 
 
+@pytest.mark.parametrize("split", ["train", "Train", "TRAIN"])
+def test_the_name_of_a_split_is_accepted_in_any_case(split, lists):
+    data = PascalVOCDataset(lists, split=split)
+    assert data.images == PascalVOCDataset(lists, "TRAIN").images
+    assert not torch.equal(data[0, 0][0], data[1, 0][0])  # augmented
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("label_map.json", {"cat": 1}, "not a label map"),
         ("label_map.json", {"background": 0, "cat": 2}, "not a label map"),
         ("label_map.json", ["cat"], "not a label map"),
-        ("TEST_images.json", [], "expected a list of image paths"),
-        ("TEST_images.json", {"a": 1}, "expected a list of image paths"),
+        ("TEST_images.json", [], "expected a list of one or more image paths"),
+        ("TEST_images.json", {"a": 1}, "expected a list of one or more image paths"),
         ("TEST_objects.json", [], "expected a list as long as"),
         ("TEST_objects.json", [{"boxes": [[1, 1, 5, 5]], "labels": [], "difficulties": []}] * 2, "are not valid"),
         ("TEST_objects.json", [{"boxes": [[5, 5, 5, 9]], "labels": [1], "difficulties": [0]}] * 2, "are not valid"),
@@ -175,7 +184,7 @@ def test_the_data_set_gives_tensors_and_drops_difficult_objects_unless_told(list
         ("TEST_objects.json", ["cat", "dog"], "are not valid"),
     ],
 )
-def test_lists_of_another_shape_are_refused_by_name(lists, file, content, message):
+def test_invalid_lists_are_refused_by_name(lists, file, content, message):
     (lists / file).write_text(json.dumps(content))
     with pytest.raises(InputError, match=message) as caught:
         PascalVOCDataset(lists, "TEST")
@@ -190,7 +199,7 @@ def test_missing_and_broken_lists_are_refused_by_name(lists):
         PascalVOCDataset("nowhere", "TEST")
 
 
-def test_a_box_outside_the_image_is_named_with_it(lists):
+def test_a_box_outside_the_image_is_reported_with_the_image(lists):
     entry = {"boxes": [[1, 1, 9, 9], [200, 1, 220, 9]], "labels": [1, 1], "difficulties": [0, 0]}
     (lists / "TEST_objects.json").write_text(json.dumps([entry] * 2))
     with pytest.raises(InputError, match=r"a\.jpg: object 2 has no area inside the 100x80 image"):
@@ -208,7 +217,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(sample):
     assert torch.equal(plain[0, 1][0], plain[5, 1][0])
 
 
-def test_batches_are_full_and_an_epoch_holds_every_image_once():
+def test_batches_are_full_and_each_epoch_contains_every_image_once():
     keys = [key for batch in TrainingSampler(10, 4, seed=1, stop=5) for key in batch]
     assert len(keys) == 20
     for epoch in (0, 1):
@@ -218,7 +227,7 @@ def test_batches_are_full_and_an_epoch_holds_every_image_once():
     assert all(len(batch) == 7 for batch in TrainingSampler(3, 7, seed=0, stop=4))
 
 
-def test_batches_from_the_middle_on_are_those_of_the_whole():
+def test_a_sampler_that_starts_later_gives_the_same_batches():
     whole = list(TrainingSampler(10, 4, seed=1, stop=9))
     assert list(TrainingSampler(10, 4, seed=1, stop=9, start=6)) == whole[6:]
     assert len(TrainingSampler(10, 4, seed=1, stop=9, start=6)) == 3
@@ -236,7 +245,7 @@ def test_batches_are_the_same_with_and_without_workers(sample):
         assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
 
 
-def test_lists_are_replaced_all_together_or_not_at_all(lists, voc):
+def test_either_all_lists_are_replaced_or_none(lists, voc):
     before = {path.name: path.read_bytes() for path in lists.iterdir()}
     folder = voc({"z": annotation(extra=SIZE)}, "other")
     with pytest.raises(TypeError):  # the last file cannot be written
@@ -244,13 +253,13 @@ def test_lists_are_replaced_all_together_or_not_at_all(lists, voc):
     assert {path.name: path.read_bytes() for path in lists.iterdir()} == before
 
 
-def test_a_sample_set_never_replaces_other_lists(lists):
+def test_the_sample_never_replaces_other_lists(lists):
     with pytest.raises(InputError, match="holds the lists of other data"):
         make_sample(lists)
     assert not (lists / "VOCsample").exists()
 
 
-def test_the_sample_set_is_a_function_of_its_seed_and_varied(tmp_path):
+def test_the_sample_depends_on_its_seed_alone_and_is_varied(tmp_path):
     lists = make_sample(tmp_path / "a", n_train=60, n_test=10, seed=2)
     make_sample(tmp_path / "b", n_train=60, n_test=10, seed=2)
     make_sample(tmp_path / "c", n_train=60, n_test=10, seed=3)
@@ -269,7 +278,7 @@ def test_the_sample_set_is_a_function_of_its_seed_and_varied(tmp_path):
     assert {label for entry in entries for label in entry["labels"]} == {1, 2, 3, 4, 5}
 
 
-def test_colours_of_classes_are_stable_and_distinct():
+def test_colours_of_classes_are_reproducible_and_distinct():
     many = make_label_map(f"class {number}" for number in range(60))
     colors = label_color_map(many)
     assert colors == label_color_map(many)

@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from files import InputError
 from model import SSD300, VGGBase
+from support.files import InputError
 from utils import decimate
 
 

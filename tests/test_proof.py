@@ -11,9 +11,9 @@ from torchvision.models.detection import ssd300_vgg16
 
 import train
 from datasets import PascalVOCDataset, TrainingSampler
-from files import InputError
+from support.files import InputError
+from support.voc import make_label_map
 from utils import IMAGENET_MEAN, IMAGENET_STD
-from voc import make_label_map
 
 
 def test_torchvisions_network_gets_the_pixels_that_it_is_made_for():

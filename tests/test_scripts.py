@@ -1,6 +1,5 @@
-"""Every script run as a user would, and what they say to bad input."""
+"""Every script is run as a user would; bad input ends in one line."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,18 +12,14 @@ from PIL import Image
 
 import eval as eval_script
 import train
-from checkpoints import load_checkpoint
-from create_data_lists import SAMPLE_LABELS
 from datasets import PascalVOCDataset
 from detect import annotate, detect, find_objects
-from files import InputError
+from support.checkpoints import read_checkpoint
+from support.files import InputError
+from support.sample import SAMPLE_LABELS
+from support.voc import label_color_map, label_map, make_label_map
 from utils import transform
-from voc import label_color_map, label_map, make_label_map
 
-MODULES = (
-    "model", "datasets", "utils", "checkpoints", "train", "eval", "detect", "create_data_lists", "devices", "runs",
-    "checks", "drawing", "results", "report", "voc", "files",
-)  # fmt: skip
 QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5)
 
 
@@ -40,21 +35,6 @@ def trained(sample, tmp_path_factory):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def test_importing_a_module_does_nothing(tmp_path):
-    code = (
-        "import sys, os, torch, importlib\n"
-        f"for module in {MODULES!r}:\n"
-        "    importlib.import_module(module)\n"
-        "    assert not torch.cuda.is_initialized(), module\n"
-        "    assert os.listdir() == [], module"
-    )
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={"PYTHONPATH": str(train.__file__).rsplit("/", 1)[0], "HOME": str(tmp_path), "PATH": ""},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_training_writes_checkpoints_and_a_log(trained, sample):
@@ -73,22 +53,22 @@ def test_training_writes_checkpoints_and_a_log(trained, sample):
         assert record["images_per_second"] > 0
         assert 0 <= record["data_wait"] <= 1
     (validation,) = (record for record in rest if record["event"] == "validation")
-    checkpoint = load_checkpoint(folder / "checkpoint.pth")
+    checkpoint = read_checkpoint(folder / "checkpoint.pth")
     assert checkpoint["iteration"] == 3
-    assert checkpoint["best_loss"] == validation["loss"]
-    assert load_checkpoint(folder / "best.pth")["iteration"] == 3
+    best = read_checkpoint(folder / "best.pth")
+    assert (best["iteration"], best["best_loss"]) == (3, validation["loss"])
     assert f"python eval.py --data-folder {sample} --checkpoint {folder / 'checkpoint.pth'}" in printed
     assert sorted(path.name for path in folder.iterdir()) == ["best.pth", "checkpoint.pth", "log.jsonl"]
 
 
-def test_a_finished_run_is_not_overwritten_but_gone_on_with_or_exported(trained, sample, tmp_path, run):
+def test_a_finished_run_is_not_overwritten_but_can_be_continued_or_exported(trained, sample, tmp_path, run):
     checkpoint = trained[0] / "checkpoint.pth"
     common = ("--data-folder", sample, "--output-folder", trained[0], *QUICK, "--seed", 7)
-    assert "checkpoint.pth is there already" in run("train.py", *common, "--iterations", 2, status=2)
+    assert "checkpoint.pth exists: continue from it" in run("train.py", *common, "--iterations", 2, status=2)
     assert "has its 3 iterations" in run("train.py", "--resume", checkpoint, "--iterations", 3, status=2)
     arguments = ("--resume", checkpoint, "--output-folder", tmp_path / "run", "--weights-only", tmp_path / "small.pth")
     run("train.py", *arguments)
-    whole, small = load_checkpoint(checkpoint), torch.load(tmp_path / "small.pth", weights_only=True)
+    whole, small = read_checkpoint(checkpoint), torch.load(tmp_path / "small.pth", weights_only=True)
     assert torch.equal(small["model"]["rescale_factors"], whole["model"]["rescale_factors"])
     assert "optimizer" not in small
 
@@ -136,12 +116,12 @@ def test_detection_prints_objects_and_writes_an_annotated_copy(trained, sample, 
 def test_a_sample_run_makes_its_data_and_says_how_to_go_on(trained, tmp_path, run):
     printed = run("train.py", "--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0, cwd=tmp_path)
     assert (tmp_path / "data" / "sample" / "label_map.json").is_file()
-    assert load_checkpoint(tmp_path / "runs" / "sample" / "checkpoint.pth")["iteration"] == 1
+    assert read_checkpoint(tmp_path / "runs" / "sample" / "checkpoint.pth")["iteration"] == 1
     assert "python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth" in printed
     again = ("--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0)
     run("train.py", *again, cwd=tmp_path)  # a sample run replaces a sample run, and no other
     folder = trained[0]
-    assert "is there already" in run("train.py", *again, "--output-folder", folder, cwd=tmp_path, status=2)
+    assert "exists: continue from it" in run("train.py", *again, "--output-folder", folder, cwd=tmp_path, status=2)
     assert "python detect.py data/sample/VOCsample/JPEGImages/000240.jpg" in printed
 
 
@@ -195,7 +175,7 @@ def test_a_loss_that_is_not_finite_names_the_iteration_and_the_images(sample, tm
     assert "not finite" in message
     assert "JPEGImages" in message
     iteration = int(message.split("iteration ")[1].split(":")[0])
-    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert checkpoint["iteration"] == iteration - 1
     assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
 
@@ -245,12 +225,15 @@ def test_biases_get_twice_the_rate_and_no_decay(model):
     assert len(weights["params"]) + len(biases["params"]) == len(list(model.parameters()))
 
 
-class Oracle(torch.nn.Module):
-    """Stands for a network: finds what it is told."""
+SECONDS = ("waiting_seconds", "network_seconds", "post_processing_seconds")
 
-    def __init__(self, label_map, found):
+
+class Oracle(torch.nn.Module):
+    """Takes the place of a network: detects what it is told to."""
+
+    def __init__(self, label_map, detections):
         super().__init__()
-        self.label_map, self.found = label_map, found
+        self.label_map, self.detections = label_map, detections
         self.register_buffer("priors_cxcy", torch.zeros(1, 4))
 
     def forward(self, images):
@@ -259,11 +242,11 @@ class Oracle(torch.nn.Module):
 
     def detect_objects(self, locs, scores, min_score, max_overlap, top_k):
         self.limits = min_score, max_overlap, top_k
-        return [[part] for part in self.found]
+        return [[part] for part in self.detections]
 
 
 class Constant(torch.nn.Module):
-    """Stands for a network: predicts its parameters for every image."""
+    """Takes the place of a network: predicts its parameters for every image."""
 
     def __init__(self):
         super().__init__()
@@ -293,8 +276,7 @@ def test_a_step_updates_weights_and_biases_as_by_hand(grad_clip, scaled):
          {"params": [network.bias], "lr_factor": 2.0, "weight_decay": 0.0}], lr=9, momentum=0.9,
     )  # fmt: skip
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    run = train.Run(argparse.Namespace(grad_clip=grad_clip), None, network, criterion, optimizer, scaler, "fp32")
-    losses = train.train_step(run, network, (*BATCH, None), 0.01)
+    losses = train.train_step(network, criterion, optimizer, scaler, BATCH, 0.01, "fp32", grad_clip)
     confidence, localization, _ = criterion.parts(*copy(BATCH[0]), *BATCH[1:])
     (confidence + localization).backward()
     norm = (copy.locs.grad.square().sum() + copy.bias.grad.square().sum()).sqrt()
@@ -315,10 +297,12 @@ def test_the_validation_loss_is_that_of_one_batch_whatever_the_batches():
     corners = torch.rand(5, 2, generator=rng) / 2
     boxes = torch.cat([corners, corners + 0.1 + torch.rand(5, 2, generator=rng) / 3], dim=1)
     boxes, labels = list(boxes.split([1, 3, 0, 1])), list(torch.tensor([1, 2, 1, 1, 2]).split([1, 3, 0, 1]))
-    whole = (torch.zeros(4, 3, 8, 8), boxes, labels, None)
-    parts = [(torch.zeros(n, 3, 8, 8), boxes[i : i + n], labels[i : i + n], None) for i, n in ((0, 2), (2, 1), (3, 1))]
+    flags = [torch.zeros(len(image_labels)) for image_labels in labels]
+    whole = (torch.zeros(4, 3, 8, 8), boxes, labels, flags)
+    ranges = (slice(0, 2), slice(2, 3), slice(3, 4))
+    batches = [tuple(part[r] for part in whole) for r in ranges]
     network.train()
-    losses = [train.validate(loader, network, criterion, "fp32")["loss"] for loader in ([whole], parts)]
+    losses = [train.validate(loader, network, criterion, "fp32")["loss"] for loader in ([whole], batches)]
     assert network.training
     network.eval()
     assert losses == pytest.approx([criterion(*network(whole[0]), boxes, labels).item()] * 2, rel=1e-5)
@@ -334,31 +318,29 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
     settings = train.parse_settings(
         ["--data-folder", str(tmp_path), "--no-pretrained", "--no-augmentation", "--seed", "4"]
     )
-    dataset = train.build(settings, torch.device("cpu")).dataset
+    dataset = train.training_set(settings)
     assert dataset[0, 0][3].tolist() == [0, 1]
     assert torch.equal(dataset[0, 0][0], dataset[1, 0][0])
     settings = train.parse_settings(["--data-folder", str(tmp_path), "--no-pretrained", "--seed", "4"])
-    dataset = train.build(settings, torch.device("cpu")).dataset
+    dataset = train.training_set(settings)
     assert not torch.equal(dataset[0, 0][0], dataset[1, 0][0])
     assert dataset.seed == 4
 
     seen = {}
     model = Oracle(dataset.label_map, (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
+
+    def note_data(loader, *_, **__):
+        seen.update(data=loader.dataset)
+        return [[], [], []], [[], [], []], dict.fromkeys(SECONDS, 0.0)
+
     monkeypatch.setattr(eval_script, "load_model", lambda *arguments: model)
-    monkeypatch.setattr(
-        eval_script,
-        "detect_all",
-        lambda loader, model, precision: (
-            seen.update(data=loader.dataset)
-            or ([[] for _ in range(6)], {"waiting": 0, "network": 0, "post_processing": 0})
-        ),
-    )
+    monkeypatch.setattr(eval_script, "detect_all", note_data)
     monkeypatch.setattr(sys, "argv", ["eval.py", "--data-folder", str(tmp_path), "--workers", "0"])
     eval_script.main()
     assert seen["data"][0][3].tolist() == [0, 1]
     assert isinstance(seen["data"], PascalVOCDataset)
 
-    # What comes after the scores and fails does not cost them.
+    # A failure after the scores does not lose them.
     def fail(*_):
         raise KeyError
 
@@ -372,10 +354,10 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
 def test_an_export_never_replaces_what_the_training_writes_or_reads(tmp_path):
     arguments = ["--data-folder", "d", "--output-folder", str(tmp_path), "--no-pretrained", "--weights-only"]
     for name in ("checkpoint.pth", "best.pth", "log.jsonl"):
-        with pytest.raises(InputError, match=f"^{tmp_path / name}: is read, or written"):
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: is also read, or written"):
             train.parse_settings([*arguments, str(tmp_path / name)])
     path = str(tmp_path / "base.pth")
-    with pytest.raises(InputError, match=f"^{path}: is read, or written"):
+    with pytest.raises(InputError, match=f"^{path}: is also read, or written"):
         train.parse_settings(["--data-folder", "d", "--base", path, "--weights-only", path])
     train.parse_settings([*arguments, path])
 
@@ -431,7 +413,7 @@ def test_evaluation_of_perfect_detections_is_one_with_difficult_objects_left_out
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]])
     oracle = Oracle(make_label_map(["cat", "dog", "cow"]), (boxes, torch.tensor([1, 2]), torch.tensor([0.9, 0.8])))
     batch = torch.zeros(1, 3, 300, 300), [boxes], [torch.tensor([1, 2])], [torch.tensor([0, 1], dtype=torch.uint8)]
-    results = eval_script.evaluate([batch], oracle)
+    results = eval_script.evaluate([batch], oracle)[0]
     assert oracle.limits == (0.01, 0.45, 200)
     assert results["mAP_11_point"] == results["mAP_area"] == pytest.approx(1)
     assert results["AP_area"] == {"cat": pytest.approx(1), "dog": None, "cow": None}

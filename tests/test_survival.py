@@ -16,15 +16,18 @@ from conftest import LONGEST_WAIT
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
-import runs
 import train
-from checkpoints import load_checkpoint
-from create_data_lists import make_sample
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
-from devices import Interruption
-from eval import evaluate
+from eval import evaluate, evaluation_loader
+from support import runlog
+from support.checkpoints import read_checkpoint
+from support.devices import Interruption
+from support.files import DivergenceError, InputError
+from support.runlog import RunLog, mean_losses, read_log
+from support.sample import make_sample
 
 TRAIN = str(Path(train.__file__))
+ROOT = Path(TRAIN).parent
 RECIPE = ("--no-pretrained", "--batch-size", 1, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
           "--iterations", 4, "--checkpoint-every", 1, "--deterministic")  # fmt: skip
 EXTRAS = ("--validate-every", 4, "--validate-map", "--tensorboard")
@@ -48,7 +51,7 @@ def losses_logged(folder):
 
 
 def assert_same_runs(folder, other):
-    ours, theirs = (load_checkpoint(path / "checkpoint.pth") for path in (folder, other))
+    ours, theirs = (read_checkpoint(path / "checkpoint.pth") for path in (folder, other))
     assert [ours[name] for name in ("iteration", "best_loss", "best_map", "pending")] == [
         theirs[name] for name in ("iteration", "best_loss", "best_map", "pending")
     ]
@@ -90,7 +93,7 @@ def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sampl
     kills = 0
     for moment in [*moments, None]:
         inode = checkpoint.stat().st_ino if checkpoint.exists() else None
-        if inode and load_checkpoint(checkpoint)["iteration"] == 4:  # readable at any time
+        if inode and read_checkpoint(checkpoint)["iteration"] == 4:  # readable at any time
             break
         arguments = ("--resume", checkpoint) if inode else ("--data-folder", sample, *RECIPE, *EXTRAS)
         process = start(*arguments, "--output-folder", tmp_path)
@@ -109,7 +112,7 @@ def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sampl
 SIGNALLED = """
 import os, sys
 import train
-from files import run_command
+from support.files import run_command
 
 train_step, steps, number = train.train_step, [], int(os.environ["SIGNAL"])
 
@@ -129,11 +132,11 @@ run_command(train.main)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, uninterrupted, tmp_path):
     """The signal goes to the processes that load images, too, as from terminals and schedulers."""
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS, "--checkpoint-every", 100)
-    environment = {**os.environ, "PYTHONPATH": str(Path(TRAIN).parent), "SIGNAL": str(int(number))}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SIGNAL": str(int(number))}
     printed = finish(start(*arguments, launcher=("-c", SIGNALLED), env=environment, start_new_session=True))
     checkpoint = tmp_path / "checkpoint.pth"
-    assert f"python train.py --resume {checkpoint}" in printed
-    assert load_checkpoint(checkpoint)["iteration"] == 2
+    assert f"continue with: python train.py --resume {checkpoint}" in printed
+    assert read_checkpoint(checkpoint)["iteration"] == 2
     assert "Traceback" not in printed
     if number == signal.SIGTERM:
         finish(start("--resume", checkpoint))
@@ -150,26 +153,55 @@ def test_a_second_interrupt_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+CPU = torch.device("cpu")
+
+
+def parse(*arguments):
+    return train.parse_settings([*map(str, arguments)])
+
+
+class Started:
+    """What train.py has of a run that has made no update: settings, data, network, optimizer, progress."""
+
+    def __init__(self, settings):
+        self.settings, self.dataset = settings, train.training_set(settings)
+        state = train.start_or_resume(settings, self.dataset, CPU, "fp32")
+        self.model, self.optimizer, self.scaler, self.progress = state
+        self.criterion = train.MultiBoxLoss(self.model.priors_cxcy)
+
+    def save(self, name="checkpoint.pth", **options):
+        data = self.dataset.fingerprint()
+        train.save_run(
+            self.settings, self.model, self.optimizer, self.scaler, data, self.progress, name, **options
+        )  # fmt: skip
+
+    def log(self, **options):
+        return RunLog(self.settings.output_folder, {"event": "start"}, **options)
+
+
 @pytest.fixture
 def run(sample, tmp_path):
-    """A Run with batches of two that has made no update, in this process."""
-    arguments = ["--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--batch-size", 2]
-    return train.build(train.parse_settings([*map(str, arguments)]), torch.device("cpu"))
+    """A run with batches of two that has made no update, in this process."""
+    return Started(parse("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--batch-size", 2))
 
 
-def test_momenta_are_resumed_whatever_layout_they_were_saved_in(run, tmp_path):
-    """A GPU trains with channels last, a CPU does not; fused SGD goes through memory as it lies."""
+def resume(folder, *arguments):
+    return Started(parse("--resume", folder / "checkpoint.pth", *arguments))
+
+
+def test_momenta_are_resumed_whatever_memory_layout_they_were_saved_in(run, tmp_path):
+    """A GPU trains with channels last, a CPU does not; fused SGD follows the order in memory."""
     run.model.to(memory_format=torch.channels_last)
-    optimizer = run.optimizer = train.make_optimizer(run.model, run.settings)
+    run.optimizer = train.make_optimizer(run.model, run.settings)
     for parameter in run.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    run.save("checkpoint.pth")
-    resumed = train.build(train.parse_settings(["--resume", str(tmp_path / "checkpoint.pth")]), torch.device("cpu"))
-    for model, steps in ((run.model, optimizer), (resumed.model, resumed.optimizer)):
-        for parameter in model.parameters():
+    run.optimizer.step()
+    run.save()
+    resumed = resume(tmp_path)
+    for started in (run, resumed):
+        for parameter in started.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        steps.step()
+        started.optimizer.step()
     for ours, theirs in zip(resumed.model.parameters(), run.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-7)
 
@@ -189,78 +221,94 @@ def test_an_update_that_fp16_skips_leaves_the_weights_alone(run):
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
-def test_a_validation_that_is_interrupted_is_made_up_for(run, tmp_path):
-    test_set = PascalVOCDataset(run.settings.data_folder, "TEST")
-    loader = torch.utils.data.DataLoader(test_set, collate_fn=collate_fn)
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        run.validate(loader, interruption)
-        assert run.validation_due
-        assert not run.finished
-        run.save("checkpoint.pth")
+# Runs train.py, which interrupts itself in its first validation.
+INTERRUPTED_VALIDATION = """
+import os, signal, sys
+import train
+from support.files import run_command
+
+detect_all = train.detect_all
+
+def interrupt(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return detect_all(*arguments)
+
+train.detect_all = interrupt
+sys.argv = sys.argv[1:]
+run_command(train.main)
+"""
+
+
+@pytest.mark.parametrize("iterations", [4, 5])
+def test_a_validation_that_is_interrupted_is_done_again_after_resuming(iterations, sample, uninterrupted, tmp_path):
+    """At the end of a run, and before it."""
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS, "--iterations", iterations)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = finish(start(*arguments, launcher=("-c", INTERRUPTED_VALIDATION), env=environment))
+    assert f"continue with: python train.py --resume {tmp_path / 'checkpoint.pth'}" in printed
     assert not (tmp_path / "best.pth").exists()
-    arguments = ["--resume", str(tmp_path / "checkpoint.pth")]
-    resumed = train.build(train.parse_settings(arguments), torch.device("cpu"))
-    assert resumed.validation_due
-    resumed.validate(loader, Interruption())
-    assert not resumed.validation_due
-    assert load_checkpoint(tmp_path / "best.pth")["best_loss"] == resumed.best_loss < float("inf")
+    assert losses_logged(tmp_path)[-1]["event"] == "train"
+    if iterations == 4:
+        finish(start("--resume", tmp_path / "checkpoint.pth"))
+        assert losses_logged(tmp_path) == losses_logged(uninterrupted)
+        best, expected = (read_checkpoint(folder / "best.pth") for folder in (tmp_path, uninterrupted))
+        assert best["best_loss"] == expected["best_loss"] < float("inf")
+        message = finish(start("--resume", tmp_path / "checkpoint.pth"), status=2)
+        assert "has its 4 iterations; give more" in message
 
 
 def test_a_validation_finds_the_map_that_eval_finds_and_the_model_trains_on(run, monkeypatch):
-    loader = torch.utils.data.DataLoader(
-        PascalVOCDataset(run.settings.data_folder, "TEST", True), collate_fn=collate_fn
-    )
+    dataset = PascalVOCDataset(run.settings.data_folder, "TEST", keep_difficult=True)
+    loader = evaluation_loader(dataset, 1, 0, CPU)
     objects = [(boxes[0], labels[0], torch.rand(len(labels[0]))) for _, boxes, labels, _ in loader]
 
-    def found(n_missed):  # of the first image's objects, in place of what the untrained network finds
+    def detections(n_missed):  # all objects but some of the first image, instead of what the untrained network detects
         kept = [tuple(part[n_missed if number == 0 else 0 :] for part in image) for number, image in enumerate(objects)]
-        detections = iter(kept)
-        return lambda *_: [[part] for part in next(detections)]
+        images = iter(kept)
+        return lambda *_: [[part] for part in next(images)]
 
     means = []
     for n_missed in (0, 1):
-        monkeypatch.setattr(run.model, "detect_objects", found(n_missed))
-        means.append(runs.validate(loader, run.model, run.criterion, "fp32", with_map=True)["mAP_11_point"])
+        monkeypatch.setattr(run.model, "detect_objects", detections(n_missed))
+        means.append(train.validate(loader, run.model, run.criterion, "fp32", with_map=True)["mAP_11_point"])
         assert run.model.training
-        monkeypatch.setattr(run.model, "detect_objects", found(n_missed))
-        assert evaluate(loader, run.model)["mAP_11_point"] == means[-1]
+        monkeypatch.setattr(run.model, "detect_objects", detections(n_missed))
+        assert evaluate(loader, run.model)[0]["mAP_11_point"] == means[-1]
         run.model.train()
     assert means[0] == 1 > means[1] > 0
 
 
 @pytest.mark.parametrize(("by_map", "best_at"), [(False, [1, 2, 2]), (True, [1, 1, 3])])
-def test_the_best_network_goes_by_what_it_is_told_to(by_map, best_at, run, tmp_path, monkeypatch):
-    run.settings.validate_map, run.settings.validate_every = by_map, 1
+def test_the_best_network_is_chosen_by_loss_or_by_map(by_map, best_at, run, tmp_path, monkeypatch):
+    log = run.log()
     for iteration, (loss, mean) in enumerate(((3.0, 0.5), (2.0, 0.4), (4.0, 0.6)), start=1):
-        run.iteration = iteration
+        run.progress["iteration"] = iteration
         result = {"loss": loss} | ({"mAP_11_point": mean} if by_map else {})
-        monkeypatch.setattr(runs, "validate", lambda *_, result=result: result)
-        run.validate(None, None)
-        assert load_checkpoint(tmp_path / "best.pth")["iteration"] == best_at[iteration - 1]
-    run.save("checkpoint.pth")
-    resumed = train.build(train.parse_settings(["--resume", str(tmp_path / "checkpoint.pth")]), torch.device("cpu"))
-    assert (resumed.best_loss, resumed.best_map) == (2.0, 0.6 if by_map else -1.0)
+        monkeypatch.setattr(train, "validate", lambda *_, result=result: result)
+        assert train.validate_and_keep_best(
+            None, run.model, run.criterion, "fp32", log, run.save, run.progress, by_map, None
+        )
+        assert read_checkpoint(tmp_path / "best.pth")["iteration"] == best_at[iteration - 1]
+    run.save()
+    resumed = resume(tmp_path, "--iterations", 9)
+    assert (resumed.progress["best_loss"], resumed.progress["best_map"]) == (2.0, 0.6 if by_map else -1.0)
 
 
-def test_tensorboard_shows_the_log_and_hides_what_a_resumed_run_makes_anew(run, tmp_path):
-    run.test_set = PascalVOCDataset(run.settings.data_folder, "TEST", True)
+def test_tensorboard_shows_the_log_and_hides_what_a_resumed_run_repeats(run, tmp_path):
+    test_set = PascalVOCDataset(run.settings.data_folder, "TEST", keep_difficult=True)
     earlier = tmp_path / "tensorboard" / "events.out.tfevents.1.x"
     earlier.parent.mkdir()
-    earlier.write_text("an earlier run's")
-    (tmp_path / "tensorboard" / "notes").write_text("somebody's")
-    run.open_board()
+    earlier.write_text("of an earlier run")
+    (tmp_path / "tensorboard" / "notes").write_text("of the user")
+    log = run.log(tensorboard=True)
     assert not earlier.exists()
     assert (tmp_path / "tensorboard" / "notes").exists()
     for iteration in (1, 2, 3):
-        run.iteration = iteration
-        run.append({"event": "train", "iteration": iteration, "loss": 10.0 - iteration})
-    run.iteration = 2  # of the last checkpoint before it was killed
-    run.settings.resume = "checkpoint.pth"
-    run.open_board()
-    run.iteration = 3
-    run.append({"event": "train", "iteration": 3, "loss": 6.0})
-    run.append({"event": "validation", "iteration": 3, "loss": 5.0, "mAP_11_point": 0.25})
+        log.append({"event": "train", "iteration": iteration, "loss": 10.0 - iteration})
+    log = run.log(tensorboard=True, keep=lambda record: record["iteration"] <= 2, iteration=2)  # after it was killed
+    log.append({"event": "train", "iteration": 3, "loss": 6.0})
+    validation = {"event": "validation", "iteration": 3, "loss": 5.0, "mAP_11_point": 0.25}
+    log.append(validation, train.example_pictures(run.model, test_set))
     assert run.model.training
     board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -268,41 +316,43 @@ def test_tensorboard_shows_the_log_and_hides_what_a_resumed_run_makes_anew(run, 
     assert [event.value for event in board.Scalars("validation/mAP_11_point")] == [0.25]
     assert board.Tags()["images"] == [f"test image {number}" for number in range(3)]
     (shown,) = board.Images("test image 0")
-    with Image.open(run.test_set.images[0]) as image:
+    with Image.open(test_set.images[0]) as image:
         assert (shown.width, shown.height, shown.step) == (2 * image.width, image.height, 3)
 
 
-def test_settings_that_cannot_be_had_are_refused_before_the_work(sample, monkeypatch):
+def test_a_log_keeps_whole_records_that_are_still_true(tmp_path):
+    lines = ['{"event": "train", "iteration": 1}', "[]", '{"iteration": 1}', '{"event": "tr']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    RunLog(tmp_path, {"event": "start"}, keep=lambda record: record["iteration"] < 2)
+    assert read_log(tmp_path) == [{"event": "train", "iteration": 1}, {"event": "start"}]
+    RunLog(tmp_path, {"event": "start"})
+    assert read_log(tmp_path) == [{"event": "start"}]
+
+
+def test_contradictory_settings_and_missing_packages_are_refused_before_the_work(sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(train.InputError, match="pip install tensorboard"):
-        train.parse_settings(["--data-folder", str(sample), "--tensorboard"])
-    with pytest.raises(train.InputError, match="goes with --validate-every"):
-        train.parse_settings(["--data-folder", str(sample), "--validate-map"])
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        parse("--data-folder", sample, "--tensorboard")
+    with pytest.raises(InputError, match="needs --validate-every"):
+        parse("--data-folder", sample, "--validate-map")
 
 
-def test_a_test_split_without_objects_to_be_found_is_no_measure(sample, tmp_path):
+def test_a_test_split_without_ground_truth_cannot_validate_by_map(sample, tmp_path):
     shutil.copytree(sample, tmp_path / "data")
     objects = json.loads((sample / "TEST_objects.json").read_text())
     for entry in objects:
         entry["difficulties"] = [1] * len(entry["boxes"])
     (tmp_path / "data" / "TEST_objects.json").write_text(json.dumps(objects))
-    arguments = [
-        "--data-folder",
-        tmp_path / "data",
-        "--output-folder",
-        tmp_path,
-        "--no-pretrained",
-        "--validate-every",
-        1,
-    ]
-    with pytest.raises(train.InputError, match="has no object to be found"):
-        train.train(train.parse_settings([*map(str, arguments), "--validate-map"]))
+    arguments = ("--data-folder", tmp_path / "data", "--output-folder", tmp_path, "--no-pretrained")
+    with pytest.raises(InputError, match="has no ground truth"):
+        train.train(parse(*arguments, "--validate-every", 1, "--validate-map"))
 
 
-def test_a_disk_that_takes_no_checkpoint_leaves_the_old_one_and_is_an_error_only_at_the_end(run, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_checkpoint_and_is_an_error_only_at_the_end(run, tmp_path, monkeypatch):
     printed = []
-    monkeypatch.setattr(runs, "warn", printed.append)
-    run.save("checkpoint.pth")
+    monkeypatch.setattr(train, "warn", printed.append)
+    monkeypatch.setattr(runlog, "warn", printed.append)
+    run.save()
     before = (tmp_path / "checkpoint.pth").read_bytes()
     for error in (OSError(28, "No space left on device"), RuntimeError("writing file failed")):
 
@@ -310,46 +360,51 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_old_one_and_is_an_error_only
             raise error
 
         monkeypatch.setattr(torch, "save", fail)
-        run.iteration = 7
-        run.save("checkpoint.pth")
+        run.progress["iteration"] = 7
+        run.save()
         reason = getattr(error, "strerror", "PyTorch could not write it, the disk may be full")
         assert f"{tmp_path / 'checkpoint.pth'}: iteration 7 cannot be saved ({reason})" in printed[-1]
-        with pytest.raises(train.InputError, match="put that right, then go on with --resume"):
-            run.save("checkpoint.pth", must=True)
+        with pytest.raises(InputError, match="make room, then continue with --resume"):
+            run.save(must=True)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+    log = run.log()
+    (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").mkdir()
-    run.append({"event": "train"})
-    assert f"{tmp_path}: the log cannot be written" in printed[-1]
+    log.append({"event": "train"})
+    assert f"{tmp_path / 'log.jsonl'}: cannot write the log" in printed[-1]
 
 
-def test_a_gradient_that_is_not_finite_names_the_images_and_has_a_status_of_its_own(run):
-    batches = TrainingSampler(len(run.dataset), 2, seed=3, stop=5)
-    run.iteration = 2
-    run.check([torch.ones(3), torch.ones(3)], batches)
-    assert run.pending == [[1, 1, 1]] * 2
-    with pytest.raises(runs.DivergenceError) as caught:
-        run.check([torch.ones(3), torch.tensor([1.0, 2.0, torch.inf])], batches)
+def test_a_gradient_that_is_not_finite_names_the_images_and_has_an_exit_status_of_its_own(run):
+    sampler = TrainingSampler(len(run.dataset), 2, seed=3, stop=5)
+    run.progress["iteration"] = 2
+
+    def check(losses, scaler=run.scaler):
+        train.stop_if_not_finite(losses, run.model, scaler, run.progress, run.dataset, sampler)
+
+    check([torch.ones(3), torch.ones(3)])
+    assert run.progress["pending"] == [[1, 1, 1]] * 2
+    infinite = [torch.ones(3), torch.tensor([1.0, 2.0, torch.inf])]
+    with pytest.raises(DivergenceError) as caught:
+        check(infinite)
     assert caught.value.status == 3
     assert str(caught.value).startswith("iteration 2: the loss or its gradient is not finite (confidence 1, local")
-    for _, index in batches.batch(1):
+    for _, index in sampler.batch(1):
         assert run.dataset.images[index] in str(caught.value)
-    run.scaler = torch.amp.GradScaler("cpu")  # as with fp16, which skips such an update
-    run.pending.clear()
-    run.check([torch.ones(3), torch.tensor([1.0, 2.0, torch.inf])], batches)
-    record = runs.Interval(0).record(run, 0.1, 2)
-    assert record["skipped_updates"] == 1
-    assert record["loss"] == 2
+    run.progress["pending"] = []
+    check(infinite, torch.amp.GradScaler("cpu"))  # fp16: the scaler skips such an update
+    means = mean_losses(run.progress["pending"], alpha=1.0)
+    assert means["skipped_updates"] == 1
+    assert means["loss"] == 2
     with torch.no_grad():
         run.model.rescale_factors[0, 0] = torch.nan
-    with pytest.raises(runs.DivergenceError, match="weights are not finite"):
-        run.check([torch.ones(3)], batches)
+    with pytest.raises(DivergenceError, match="weights are not finite"):
+        check([torch.ones(3)])
 
 
 def test_resuming_on_other_data_is_refused_and_changed_settings_are_named(run, sample, tmp_path, capsys):
-    run.save("checkpoint.pth")
-    resume = ["--resume", str(tmp_path / "checkpoint.pth")]
-    train.build(train.parse_settings([*resume, "--lr", "0.5", "--iterations", "9"]), torch.device("cpu"))
+    run.save()
+    resume(tmp_path, "--lr", 0.5, "--iterations", 9)
     printed = capsys.readouterr().out
     assert "--lr is 0.5, and was 0.001" in printed
     assert "--iterations is 9, and was 4" in printed
@@ -359,8 +414,16 @@ def test_resuming_on_other_data_is_refused_and_changed_settings_are_named(run, s
     objects = json.loads((other / "TRAIN_objects.json").read_text())
     objects[0] = {"boxes": [[1, 1, 50, 50]], "labels": [1], "difficulties": [0]}
     (other / "TRAIN_objects.json").write_text(json.dumps(objects))
-    with pytest.raises(train.InputError, match="trained on other images"):
-        train.build(train.parse_settings([*resume, "--data-folder", str(other)]), torch.device("cpu"))
+    with pytest.raises(InputError, match="trained on other images"):
+        resume(tmp_path, "--data-folder", other)
+
+
+def test_a_checkpoint_of_the_earlier_version_is_resumed(run, tmp_path):
+    """It was saved after its validation, and says whether that was interrupted."""
+    run.progress |= {"iteration": 2, "best_loss": 1.5, "validation_due": True, "pending": [[1.0, 2.0, 3.0]]}
+    run.save()
+    progress = resume(tmp_path).progress
+    assert progress == {"iteration": 2, "best_loss": 1.5, "best_map": -1.0, "pending": [[1.0, 2.0, 3.0]]}
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -397,9 +460,8 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
     )
     assert printed.count("trained: ") == 1
     finish(start(*arguments, "--output-folder", tmp_path / "one"))
-    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
-    settings = [str(argument) for argument in (*arguments, "--output-folder", tmp_path)]
-    start_weights = train.build(train.parse_settings(settings), torch.device("cpu")).model.state_dict()
+    one, two = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
+    start_weights = Started(parse(*arguments, "--output-folder", tmp_path)).model.state_dict()
     changes = []
     for name, value in one["model"].items():
         # Sums in another order round otherwise, which now and then turns a maximum of a pooling: up to 0.1% of what the
@@ -414,35 +476,34 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
 
 
 VALIDATION = """
-import json, sys, types
+import json, sys
 import torch
-from torch.utils.data import DataLoader, Subset
-import runs
-from datasets import PascalVOCDataset, collate_fn
-from devices import join_processes, leave_processes, n_processes, rank
-from model import MultiBoxLoss, SSD300
+import train
+from datasets import PascalVOCDataset
+from eval import evaluation_loader
+from model import MultiBoxLoss, SSD300, create_prior_boxes
+from support.devices import join_processes, leave_processes, n_processes, rank
 
-join_processes()
+device = join_processes()
 data = PascalVOCDataset(sys.argv[1], "TEST", keep_difficult=True)
-loader = DataLoader(Subset(data, range(rank(), len(data), n_processes())), collate_fn=collate_fn)
-truth = iter([data[index] for index in range(rank(), len(data), n_processes())])
+loader = evaluation_loader(data, 2, 0, device)
+own = [index for batch in loader.batch_sampler for index in batch]
+truth = iter([data[index] for index in own])
 
-class Finder(SSD300):  # all objects but the first of each image, all with the same score
+class Detector(SSD300):  # detects all objects but the first of each image, all with the same score
     def __init__(self):
         torch.nn.Module.__init__(self)
         self.label_map = data.label_map
-        with torch.device("meta"):
-            self.register_buffer("priors_cxcy", None)
-        self.priors_cxcy = SSD300(2, pretrained=False).priors_cxcy
+        self.register_buffer("priors_cxcy", create_prior_boxes())
     def forward(self, images):
         return torch.zeros(len(images), 8732, 4), torch.zeros(len(images), 8732, 6)
-    def detect_objects(self, *_):
-        _, boxes, labels, _ = next(truth)
-        return [boxes[1:]], [labels[1:]], [torch.ones(len(boxes[1:]))]
+    def detect_objects(self, locs, *_):
+        objects = [next(truth) for _ in locs]
+        return [o[1][1:] for o in objects], [o[2][1:] for o in objects], [torch.ones(len(o[1][1:])) for o in objects]
 
-model = Finder()
-result = runs.validate(loader, model, MultiBoxLoss(model.priors_cxcy), "fp32", with_map=True)
-print(f"RESULT {json.dumps(result)}\\n", end="")  # in one piece: torchrun's processes do not buffer
+model = Detector()
+result = train.validate(loader, model, MultiBoxLoss(model.priors_cxcy), "fp32", with_map=True)
+print(f"RESULT {json.dumps([len(own), result])}\\n", end="")  # in one piece: torchrun's processes do not buffer
 leave_processes()
 """
 
@@ -456,12 +517,14 @@ def test_processes_validate_as_one(tmp_path):
         done = subprocess.run(
             [sys.executable, *launcher, str(script), str(tmp_path / "data")],
             capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": str(Path(TRAIN).parent), "OMP_NUM_THREADS": "1"}, timeout=LONGEST_WAIT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=LONGEST_WAIT,
         )  # fmt: skip
         results.append([json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")])
     (one,), two = results
-    assert len(two) == 2
-    for result in two:
+    assert one[0] == 5
+    assert sorted(n_images for n_images, _ in two) == [2, 3]
+    one = one[1]
+    for _, result in two:
         assert result == {"loss": pytest.approx(one["loss"], rel=1e-5), "mAP_11_point": one["mAP_11_point"]}
     assert 0.1 < one["mAP_11_point"] < 1
 

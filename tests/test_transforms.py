@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import utils
-from files import InputError
+from support.files import InputError
 from utils import IMAGENET_MEAN, IMAGENET_STD, crop_around_objects, read_image, transform, upright_rgb
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]

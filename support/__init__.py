@@ -1,0 +1,1 @@
+"""What any detector needs besides the detector: files, devices, data formats, pages. Imports no top-level module."""

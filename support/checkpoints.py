@@ -1,0 +1,304 @@
+"""Checkpoints: the only module that knows how files of weights are laid out, ours and those of other systems.
+
+checkpoint = read_checkpoint("runs/voc/checkpoint.pth")  # everything that a training resumes from
+description = read_weights("ssd300_mAP_77.43_v2.pth", parameter_names)  # what a network is built from
+
+Nothing here builds a network: `model.load_model` does that from a description. No code in a file is ever run.
+"""
+
+import pickle
+import re
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import torch
+from torchvision.models.detection import SSD300_VGG16_Weights
+
+from support.download import fetch_weights
+from support.files import InputError, atomic_writer
+from support.voc import check_label_map, make_label_map
+from support.voc import label_map as voc_label_map
+
+FORMAT = "ssd300-1"  # changes when older files can no longer be read
+KNOWN_SYSTEMS = "an SSD300 of this code, the public PyTorch tutorial, ssd.pytorch or torchvision"
+CAFFE_MEAN = (123.0, 117.0, 104.0)  # RGB, 0-255
+
+# State dicts of other systems. The key is a parameter name that identifies the system. `prefixes` sorts its names into
+# the order of our own parameters: scale of conv4_3, base and auxiliary layers, boxes, classes. No system needs its
+# filters permuted: the order of the prior shapes within a cell is part of the family of priors.
+_OTHER_SYSTEMS = {
+    "vgg.0.weight": {  # ssd.pytorch
+        "prefixes": ("L2Norm.", "vgg.", "extras.", "loc.", "conf."),
+        "priors": "caffe",
+        "pixel_mean": CAFFE_MEAN,
+    },
+    "backbone.features.0.weight": {  # torchvision's ssd300_vgg16; the mean is its image_mean
+        "prefixes": (
+            "backbone.scale_weight", "backbone.features.", "backbone.extra.", "head.regression_head.",
+            "head.classification_head.",
+        ),
+        "priors": "coco",
+        "pixel_mean": (255 * 0.48235, 255 * 0.45882, 255 * 0.40784),
+    },
+}  # fmt: skip
+_COCO_TO_VOC = {
+    "__background__": "background", "airplane": "aeroplane", "couch": "sofa", "dining table": "diningtable",
+    "motorcycle": "motorbike", "potted plant": "pottedplant", "tv": "tvmonitor",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Our own files
+# ---------------------------------------------------------------------------------------------------------
+
+
+def save_weights(path, model):
+    """Write the weights of a model and what describes it, without optimizer state; whole or not at all.
+
+    :param model: SSD300 whose label_map is set
+    """
+    save_checkpoint(path, model, {})
+
+
+def save_checkpoint(path, model, training):
+    """Write a model and everything that training resumes from; whole or not at all.
+
+    :param path: file to write or replace
+    :param model: SSD300 whose label_map is set
+    :param training: "optimizer" and "scaler", their state dicts; "settings", a dict; "iteration", the number of updates
+        made; "best_loss", the lowest validation loss; and other plain values that training resumes from
+    """
+    checkpoint = {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "label_map": model.label_map,
+        "priors": model.priors,
+        "pixel_mean": model.pixel_mean,
+        **training,
+    }
+    with atomic_writer(path) as file:
+        torch.save(checkpoint, file)
+
+
+def read_checkpoint(path):
+    """Read what `save_checkpoint` wrote for a training, on the CPU.
+
+    :return: the dictionary
+    :raises InputError: naming the file, if it is missing, damaged or not such a checkpoint
+    """
+    checkpoint = _read(path)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "optimizer" not in checkpoint:
+        raise InputError(f"{path}: not a checkpoint of train.py, so it cannot be resumed; use --init-from instead")
+    _check_own(checkpoint, {"optimizer": object, "iteration": int, "best_loss": float, "settings": dict}, path)
+    return checkpoint
+
+
+def _check_own(checkpoint, training_keys, path):
+    """Raise InputError unless a file of ours has everything that describes a model, and `training_keys`."""
+    if checkpoint["format"] != FORMAT:
+        raise InputError(f"{path}: has format {checkpoint['format']}, not {FORMAT}; use the code that wrote it")
+    missing = [key for key in ("model", "label_map", "priors", "pixel_mean", *training_keys) if key not in checkpoint]
+    if missing:
+        raise InputError(f"{path}: damaged checkpoint, {', '.join(missing)} missing; use another one")
+    wrong = [key for key, kind in training_keys.items() if not isinstance(checkpoint[key], kind)]
+    if wrong:
+        raise InputError(f"{path}: damaged checkpoint, wrong {', '.join(wrong)}; use another one")
+    check_label_map(checkpoint["label_map"], path)
+
+
+def load_optimizer(optimizer, scaler, checkpoint, path):
+    """Load the momenta of a checkpoint, but not its settings, and the gradient scaler if both have one.
+
+    :raises InputError: naming `path`, if they do not fit
+    """
+    try:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        for parameter, state in optimizer.state.items():
+            # Fused SGD expects each momentum in the memory layout of its parameter.
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
+        if scaler.is_enabled() and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged checkpoint, its optimizer state does not fit; use another one") from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of any known system
+# ---------------------------------------------------------------------------------------------------------
+
+
+def read_weights(source, parameter_names, label_map=None):
+    """Return the description of a network: what any file of weights holds, in our terms.
+
+    The file is recognised by its contents. It may be a checkpoint or exported weights of ours; the public tutorial's
+    checkpoint with the whole model pickled, or a state dict with its names; a state dict of ssd.pytorch or of
+    torchvision's ssd300_vgg16, of whose 91 COCO classes VOC's 20 are taken.
+
+    :param source: path of the file, or "coco" for torchvision's weights, which are downloaded once
+    :param parameter_names: of our network, in its order
+    :param label_map: class names for a file that has none, if their number fits; without it a file of 21 classes has
+        VOC's, and other classes are called "class 1", "class 2" ...
+    :return: {"model": state dict in our names, "label_map", "priors": name of a family, "pixel_mean": (R, G, B) of
+        0-255 or None for ImageNet-normalised input}
+    :raises InputError: naming the file, if it cannot be used
+    """
+    if source == "coco":
+        contents = fetch_weights(SSD300_VGG16_Weights.COCO_V1, "name a file of weights instead of coco")
+    else:
+        contents = _read(source)
+    if isinstance(contents, dict) and "format" in contents:
+        _check_own(contents, {}, source)
+        return {key: contents[key] for key in ("model", "label_map", "priors", "pixel_mean")}
+    try:
+        description = _describe(contents, parameter_names)
+        n_classes = len(description["model"]["pred_convs.cl_conv4_3.bias"]) // 4
+    except Exception as error:  # a file may hold anything, nested in any way
+        raise InputError(f"{source}: not the weights of a known system; expected {KNOWN_SYSTEMS}") from error
+    if n_classes == len(voc_label_map):
+        label_map = voc_label_map
+    elif label_map is None or len(label_map) != n_classes:
+        label_map = make_label_map(f"class {number}" for number in range(1, n_classes))
+    return {**description, "label_map": label_map}
+
+
+def _describe(contents, parameter_names):
+    """Return {"model", "priors", "pixel_mean"} of another system's file."""
+    weights = contents.get("model", contents.get("state_dict", contents))
+    weights = _state_dict(weights) if isinstance(weights, _StandIn) else weights
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}  # saved from DataParallel
+    for name, system in _OTHER_SYSTEMS.items():
+        if name in weights:
+            weights = _rename(weights, system["prefixes"], parameter_names)
+            return {"model": weights, "priors": system["priors"], "pixel_mean": system["pixel_mean"]}
+    return {"model": weights, "priors": "paper", "pixel_mean": None}  # the tutorial's names are ours
+
+
+def _state_dict(module, prefix=""):
+    """Return the state dict of a pickled module, of which only the attributes were read."""
+    weights = {prefix + name: value for name, value in module._parameters.items() if value is not None}
+    for name, child in module._modules.items():
+        weights |= _state_dict(child, f"{prefix}{name}.")
+    return weights
+
+
+def _rename(weights, prefixes, parameter_names):
+    """Return another system's weights in our names; of COCO's 91 classes only those of VOC."""
+    in_our_order = sorted(weights, key=lambda name: _sort_key(name, prefixes))
+    renamed = {ours: weights[theirs] for ours, theirs in zip(parameter_names, in_our_order, strict=True)}
+    renamed["rescale_factors"] = renamed["rescale_factors"].reshape(1, -1, 1, 1)
+
+    categories = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
+    if len(renamed["pred_convs.cl_conv4_3.bias"]) == 4 * len(categories):
+        categories = [_COCO_TO_VOC.get(category, category) for category in categories]
+        chosen = [categories.index(name) for name in voc_label_map]
+        for name, value in renamed.items():
+            if name.startswith("pred_convs.cl_"):
+                # (n_priors * 91, ...) -> (n_priors, 91, ...) -> (n_priors * 21, ...)
+                renamed[name] = value.unflatten(0, (-1, len(categories)))[:, chosen].flatten(0, 1)
+    return renamed
+
+
+def _sort_key(name, prefixes):
+    """Sort another system's names by prefix, then by the numbers in them, then weight before bias."""
+    prefix = next(number for number, prefix in enumerate(prefixes) if name.startswith(prefix))
+    return prefix, [int(number) for number in re.findall(r"\d+", name)], name.endswith("bias")
+
+
+def read_base(path, parameter_names):
+    """Return the state dict of the base network in a file: the paper's reduced VGG-16, vgg16_reducedfc.pth.
+
+    :param parameter_names: of our base network, in its order
+    :raises InputError: naming the file, if it holds anything else than weights with names 0.weight ... 33.bias
+    """
+    expected = "vgg16_reducedfc.pth, the reduced VGG-16 with names 0.weight ... 33.bias"
+    contents = _read(path, expected)
+    try:
+        names = sorted(contents, key=lambda name: _sort_key(name, ("",)))
+        return {ours: contents[theirs].float() for ours, theirs in zip(parameter_names, names, strict=True)}
+    except Exception as error:  # a file may hold anything
+        raise InputError(f"{path}: not the reduced VGG-16; expected {expected}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading without running code
+# ---------------------------------------------------------------------------------------------------------
+
+
+class _StandIn:
+    """Takes the place of a class in a pickled model or optimizer: keeps the attributes, has none of the code."""
+
+
+def _empty_dict(*_):
+    return {}
+
+
+# What the tutorial's checkpoints pickle besides tensors, and what older versions of PyTorch add.
+_ALLOWED = [
+    *((_StandIn, f"model.{name}") for name in ("SSD300", "VGGBase", "AuxiliaryConvolutions", "PredictionConvolutions")),
+    (_StandIn, "torch.nn.modules.conv.Conv2d"),
+    (_StandIn, "torch.nn.modules.pooling.MaxPool2d"),
+    (_StandIn, "torch.optim.sgd.SGD"),
+    *((_empty_dict, f"{module}.{name}") for module in ("builtins", "__builtin__") for name in ("dict", "set")),
+    (_empty_dict, "collections.defaultdict"),
+    (_empty_dict, "torch.nn.backends.thnn._get_thnn_function_backend"),
+]
+
+
+class _AllowListUnpickler(pickle._Unpickler):
+    """Unpickles tensors and allowed globals, nothing else. The Python unpickler lets us check single instructions."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    allowed = {name: stand_in for stand_in, name in _ALLOWED} | {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+        "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    }
+
+    def find_class(self, module, name):
+        """Return the stand-in for a global; raises UnpicklingError if it is not allowed."""
+        if f"{module}.{name}" not in self.allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return self.allowed[f"{module}.{name}"]
+
+    def load_build(self):
+        """Set attributes of an object, but never of a class or a function: those outlive the file."""
+        if type(self.stack[-2]) not in (_StandIn, OrderedDict):
+            raise pickle.UnpicklingError(f"attributes of a {type(self.stack[-2]).__name__} are not allowed")
+        super().load_build()
+
+    def load_binpersid(self):
+        """Reduce ('module', class, file, source) to the class; torch.load would compare and even write the source."""
+        if self.stack[-1][0] == "module":
+            self.stack[-1] = self.stack[-1][1]
+        else:
+            super().load_binpersid()
+
+    dispatch[pickle.BUILD[0]], dispatch[pickle.BINPERSID[0]] = load_build, load_binpersid
+
+    @classmethod
+    def load_file(cls, file, **options):
+        """Do what pickle.load does."""
+        return cls(file, **options).load()
+
+
+def _read(path, expected=KNOWN_SYSTEMS):
+    """Return the contents of a file of torch.save, on the CPU; raises InputError that names the file."""
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                # Before version 1.6 PyTorch pickled a whole model with references to its classes, which weights_only
+                # does not support. Such a file is read by an unpickler of our own with the same allow-list.
+                if "persistent_load of storage" not in str(error):
+                    raise
+                unpickler = SimpleNamespace(
+                    __name__="pickle", Unpickler=_AllowListUnpickler, load=_AllowListUnpickler.load_file
+                )  # fmt: skip
+                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=unpickler)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; give the path of a checkpoint") from error
+    except Exception as error:  # torch.load raises a dozen types on truncated, foreign and hostile files
+        raise InputError(f"{path}: cannot be read: truncated, foreign or unsafe; expected {expected}") from error

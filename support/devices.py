@@ -1,0 +1,186 @@
+"""Devices, the precision of their arithmetic, the transfer of batches, several processes, signals.
+
+device = find_device()
+precision = choose_precision("auto", device)
+for images, boxes, labels, difficulties in batches_on(device, loader):
+    with mixed_precision(precision, device):
+        predicted_locs, predicted_scores = model(images)
+"""
+
+import datetime
+import itertools
+import os
+import signal
+
+import torch
+from torch import distributed
+
+from support.files import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_device():
+    """Return the GPU if PyTorch can use one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def name_hardware():
+    """Return the name of the GPU, or "CPU" and its number of cores."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+
+
+def count_cores(most=16):
+    """Return the number of processor cores that this process may use, but no more than `most`."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, most)
+
+
+def choose_precision(name, device):
+    """Return the key of PRECISIONS to compute with, and turn TF32 off for convolutions in fp32.
+
+    :param name: a key of PRECISIONS, or "auto": bf16 if the device is a GPU with native support for it, else fp32
+    :raises InputError: for bf16 or fp16 on a CPU: most CPUs emulate them, a hundred times slower
+    """
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds to the 10 bits of TF32
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
+    if name != "fp32" and device.type == "cpu":
+        raise InputError(f"--precision {name}: needs a GPU; use auto or fp32")
+    return name
+
+
+def make_deterministic():
+    """Restrict PyTorch to algorithms that give the same bits every time; call it before any computation."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to run without it
+    os.environ.setdefault("MKL_CBWR", "AUTO")  # otherwise results of MKL differ between runs on some processors
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and no uninitialised memory is read
+
+
+def mixed_precision(precision, device):
+    """Return the autocast context of a precision; the weights stay in fp32."""
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def batches_on(device, loader):
+    """Yield a loader's batches with the images on the device.
+
+    The copy to a GPU overlaps the work on the batch before, if the loader pins its memory (`pin_memory=True`).
+    """
+    if device.type != "cuda":
+        yield from loader
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for images, *objects in loader:
+        with torch.cuda.stream(copying):
+            images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        working.wait_stream(copying)
+        images.record_stream(working)  # do not reuse this memory before the work on it is done
+        yield images, *objects
+
+
+def compile_network(model, image_shape, precision):
+    """Return the model compiled for batches of this shape, sharing its weights.
+
+    :param image_shape: of its input, (N, 3, height, width)
+    :raises InputError: if PyTorch cannot compile it
+    """
+    network = torch.compile(model)
+    device = next(model.parameters()).device
+    try:
+        with mixed_precision(precision, device):
+            ((images,),) = batches_on(device, [(torch.zeros(image_shape),)])
+            sum(part.sum() for part in network(images)).backward()
+    except RuntimeError as error:  # most often there is no compiler
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); use --no-compile") from error
+    model.zero_grad()
+    return network
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------
+
+
+def join_processes():
+    """Join the other processes if torchrun started this one; return this process's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        return find_device()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Tensors on the CPU go through gloo, which does not wait for a GPU. If a process dies, the others end, too.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    return find_device()
+
+
+def leave_processes():
+    """Undo `join_processes`."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def n_processes():
+    """Return the number of processes that work together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    """Return the number of this process; only process 0 writes and prints."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def sum_over_processes(tensor):
+    """Sum a tensor over all processes, in place, and return it."""
+    if n_processes() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_over_processes(items):
+    """Return the items of all processes' lists: the first item of each process, then the second of each, and so on."""
+    if n_processes() == 1:
+        return items
+    lists = [None] * n_processes()
+    distributed.all_gather_object(lists, items)
+    missing = object()
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*lists, fillvalue=missing))
+    return [item for item in in_turn if item is not missing]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Turn SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C raises KeyboardInterrupt. A context manager."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        self.earlier = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def _request(self, number, _frame):
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def agreed(self):
+        """Return whether any process was interrupted. All processes must call this together."""
+        return bool(sum_over_processes(torch.tensor(int(self.requested))))
+
+
+def ignore_signals(_worker=None):
+    """Make a loading process ignore signals sent to the whole group: it ends with its parent. A worker_init_fn."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,195 @@
+"""Errors in one line, and files that are written whole or not at all.
+
+with atomic_writer("checkpoint.pth") as file:
+    file.write(contents)
+if __name__ == "__main__":
+    run_command(main)
+"""
+
+import errno
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from contextlib import ExitStack, contextmanager, suppress
+
+
+class InputError(Exception):
+    """Bad input: one line that names what is wrong and says what to do."""
+
+    status = 2  # exit status of the script
+
+
+class DivergenceError(InputError):
+    """The loss, the gradient or the weights of a training are not finite."""
+
+    status = 3
+
+
+def run_command(main):
+    """Run a script's `main`; bad input ends in one line on standard error and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
+    message = None
+    try:
+        main()
+    except InputError as error:
+        # An error in a DataLoader worker arrives wrapped in its traceback; our own line is the last.
+        message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), error.status
+    except OSError as error:
+        name = "" if error.filename is None else f"{error.filename}: "
+        message, status = f"{name}{error.strerror or error}; put that right and try again", 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    finally:
+        _end_children()
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _end_children():
+    """Kill the processes that data loaders left behind; after an error PyTorch may wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):  # else PyTorch's handler reports their end as a failure; Windows has no SIGCHLD
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def import_optional(purpose, *modules, packages):
+    """Import optional packages and return their modules.
+
+    :param purpose: what needs them, such as an option of the command line
+    :param packages: their names as pip installs them, separated by spaces
+    :raises InputError: if one is not installed
+    """
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except ImportError as error:
+        raise InputError(f"{purpose} needs packages that are not installed: pip install {packages}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_writer(path):
+    """Open a temporary file for writing bytes, which replaces `path` only if the block ends without an error."""
+    path = os.path.realpath(path)  # a symbolic link is kept, and the file that it points to replaced
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            _flush(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        if is_full or error.filename == temporary:
+            error.filename = path
+        raise
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def _flush(file):
+    """Write everything to the disk, or raise OSError."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_files(files):
+    """Write several files: either all are replaced, after all were written whole, or none is.
+
+    :param files: {path: bytes, or iterable of bytes}
+    """
+    with ExitStack() as all_or_none:
+        for path, content in files.items():
+            file = all_or_none.enter_context(atomic_writer(path))
+            file.writelines([content] if isinstance(content, bytes) else content)
+            _flush(file)
+
+
+def write_json(files):
+    """Write {path: value} as JSON files: all are replaced or none is."""
+    write_files({path: _json_parts(value) for path, value in files.items()})
+
+
+def _json_parts(value):
+    """Yield a value as JSON, a list entry by entry: in one piece a long list takes much memory."""
+    if isinstance(value, list) and value:
+        for index, entry in enumerate(value):
+            yield (b", " if index else b"[") + encode_json(entry)
+        yield b"]"
+    else:
+        yield encode_json(value)
+
+
+def encode_json(value):
+    """Return a value as JSON in UTF-8."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a file name in another encoding
+        return json.dumps(value).encode()
+
+
+def make_folder(path):
+    """Make a folder if it does not exist; raises InputError if that is impossible."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot create this folder ({error.strerror}); use another one") from error
+
+
+def check_targets(*files, folders=(), inputs=()):
+    """Check before any work that its results can be written, and that no file is written over another.
+
+    :param files: paths of files to write, in folders that exist; None is skipped
+    :param folders: paths of folders to write to or to make; None is skipped
+    :param inputs: paths of files that are read
+    :raises InputError: naming the first path that cannot be written
+    """
+    taken = {os.path.realpath(path) for path in inputs}
+    for path in filter(None, files):
+        real = os.path.realpath(path)
+        _check_writable(path, os.path.dirname(real))
+        if os.path.exists(real) and not os.path.isfile(real):
+            raise InputError(f"{path}: exists and is not a regular file; use another path")
+        if real in taken:
+            raise InputError(f"{path}: is also read, or written for another purpose; use another path")
+        taken.add(real)
+    for path in filter(None, folders):
+        existing = os.path.realpath(path)
+        while not os.path.exists(existing):
+            existing = os.path.dirname(existing)
+        _check_writable(path, existing)
+
+
+def _check_writable(path, folder):
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot write to {folder}, which is not a writable folder; use another path")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """Return the text of a regular file in UTF-8; raises OSError or UnicodeDecodeError if there is none."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError("no such file")
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read()
+
+
+def read_json(path, remedy="run create_data_lists.py to make it"):
+    """Return the value in a JSON file; raises InputError with the remedy if it cannot be read."""
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot read this JSON file ({error}); {remedy}") from error

@@ -1,0 +1,161 @@
+"""The log of a training: JSON lines, TensorBoard, the times of an interval.
+
+log = RunLog("runs/voc", describe_run(vars(settings), classes, precision))
+interval = Interval()
+log.append({"event": "train", "iteration": 20, "loss": 7.5, **interval.figures(batch_size=32)})
+"""
+
+import datetime
+import glob
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+from support.devices import n_processes, name_hardware, rank
+from support.files import atomic_writer, import_optional
+
+
+class RunLog:
+    """The log.jsonl of an output folder and, on request, TensorBoard's. Only process 0 writes.
+
+    :param folder: output folder of the run, which exists
+    :param description: first record, as `describe_run` returns it
+    :param keep: function of a record that tells whether to keep it of an earlier log; None starts a new log
+    :param tensorboard: whether to log to TensorBoard, too
+    :param iteration: number of updates made so far; TensorBoard hides what was logged after it
+    """
+
+    def __init__(self, folder, description, keep=None, tensorboard=False, iteration=0):
+        self.path, self.board = os.path.join(folder, "log.jsonl"), None
+        if rank() > 0:
+            return
+        records = [record for record in read_log(folder) if keep(record)] if keep else []
+        with atomic_writer(self.path) as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in [*records, description])
+        if tensorboard:
+            board_folder = os.path.join(folder, "tensorboard")
+            if not keep:
+                for events in glob.glob(os.path.join(glob.escape(board_folder), "events.out.tfevents.*")):
+                    os.remove(events)  # of an earlier run
+            self.board = import_tensorboard().SummaryWriter(board_folder, purge_step=iteration + 1)
+
+    def append(self, record, pictures=()):
+        """Append a record; a disk that is full does not end the training.
+
+        :param record: plain values by name, "event" and "iteration" among them
+        :param pictures: (title, uint8 array (height, width, 3)) of each picture for TensorBoard
+        """
+        if rank() > 0:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if self.board:
+                for name in record.keys() - {"event", "iteration"}:
+                    self.board.add_scalar(f"{record['event']}/{name}", record[name], record["iteration"])
+                for title, picture in pictures:
+                    self.board.add_image(title, picture, record["iteration"], dataformats="HWC")
+                self.board.flush()
+        except OSError as error:
+            warn(f"{self.path}: cannot write the log ({error})")
+
+
+def read_log(folder):
+    """Return the records of the log in an output folder, without a line that was cut off; none if there is no log."""
+    path = os.path.join(folder, "log.jsonl")
+    if not os.path.exists(path):
+        return []
+    records = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "event" in record]
+
+
+def import_tensorboard():
+    """Return PyTorch's module for TensorBoard; raises InputError if the tensorboard package is not installed."""
+    return import_optional("--tensorboard", "torch.utils.tensorboard", packages="tensorboard")[0]
+
+
+def describe_run(settings, classes, precision):
+    """Return the first record of a log: settings, classes, versions, hardware, precision, git commit."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
+        commit = None
+    return {
+        "event": "start",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": settings,
+        "classes": classes,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
+        },
+        "hardware": name_hardware(),
+        "processes": n_processes(),
+        "precision": precision,
+        "git_commit": commit,
+    }  # fmt: skip
+
+
+def mean_losses(losses, alpha):
+    """Return the means of the losses of some updates by name, without those that fp16 skipped.
+
+    :param losses: (confidence loss, localisation loss, norm of the gradient) of each update
+    """
+    losses = torch.tensor(losses, dtype=torch.float64)
+    made = losses.isfinite().all(dim=1)
+    confidence, localization, norm = losses[made].mean(dim=0).tolist()
+    return {
+        "loss": confidence + alpha * localization, "confidence_loss": confidence, "localization_loss": localization,
+        "gradient_norm": norm, "skipped_updates": int((~made).sum()),
+    }  # fmt: skip
+
+
+class Interval:
+    """The times of the iterations since the last record of the log."""
+
+    def __init__(self):
+        self.waited, self.n_batches = 0.0, 0
+        self.started = self.asked = time.perf_counter()
+
+    def start_waiting(self):
+        """Note that a batch is requested."""
+        self.asked = time.perf_counter()
+
+    def stop_waiting(self):
+        """Note that the batch has arrived."""
+        self.n_batches += 1
+        self.waited += time.perf_counter() - self.asked
+
+    def figures(self, batch_size):
+        """Return the speed, and the share of the time spent waiting for batches."""
+        elapsed = time.perf_counter() - self.started
+        return {"images_per_second": self.n_batches * batch_size / elapsed, "data_wait": self.waited / elapsed}
+
+
+def show(bar, record):
+    """Show a record of training on a progress bar; print it if the bar is off, as in a file."""
+    parts = {
+        "loss": f"{record['loss']:.3f}", "conf": f"{record['confidence_loss']:.3f}",
+        "loc": f"{record['localization_loss']:.3f}", "lr": f"{record['lr']:.1e}",
+        "img/s": f"{record['images_per_second']:.1f}", "waiting": f"{record['data_wait']:.0%}",
+    }  # fmt: skip
+    bar.set_postfix(parts)
+    if bar.disable and rank() == 0:
+        print(f"iteration {record['iteration']}: " + ", ".join(f"{k} {v}" for k, v in parts.items()), flush=True)
+
+
+def warn(message):
+    """Print a warning without breaking a progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
