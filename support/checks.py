@@ -231,5 +231,5 @@ def _preview_pair(dataset, index, criterion, mean, std):
     file_name = os.path.basename(dataset.images[index])
     return (
         (f"{original.width} x {original.height}: {file_name}", left),
-        (f"augmented; priors matched: {int(is_matched.sum())}, and by object", right),
+        (f"augmented; {int(is_matched.sum())} matched priors, counted per object", right),
     )

@@ -229,7 +229,7 @@ CLASS_COLUMNS = (
     "score at F1",
 )  # fmt: skip
 CLASS_NOTE = (
-    "Recall is that of all detections. At F1: at the score with the highest harmonic mean of precision and recall. "
+    "Recall is that of all detections. At F1: at the score with the highest harmonic mean of precision and recall.\n"
     "Classes without objects to detect are left out of the mean."
 )
 

@@ -8,6 +8,7 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
+import utils
 from utils import (
     cxcy_to_gcxgcy,
     cxcy_to_xy,
@@ -58,6 +59,18 @@ def test_overlap_is_one_half_third_and_none_as_by_hand():
 
 def test_overlap_with_no_boxes_is_an_empty_table():
     assert find_jaccard_overlap(torch.zeros(0, 4), torch.rand(3, 4)).shape == (0, 3)
+
+
+def test_users_of_the_public_tutorial_find_the_names_that_they_import_from_utils():
+    assert utils.rev_label_map[0] == "background"
+    assert {utils.rev_label_map[index]: index for index in utils.rev_label_map} == utils.label_map
+    assert list(utils.label_map)[1:] == list(utils.voc_labels)
+    assert len(utils.label_color_map(utils.label_map)) == 21
+    for name in (
+        "parse_annotation", "create_data_lists", "make_label_map", "decimate", "xy_to_cxcy", "cxcy_to_xy",
+        "cxcy_to_gcxgcy", "gcxgcy_to_cxcy", "find_jaccard_overlap", "calculate_mAP", "transform", "photometric_distort",
+    ):  # fmt: skip
+        assert callable(getattr(utils, name))
 
 
 def test_decimation_keeps_every_mth_value_of_each_dimension():

@@ -1,44 +1,52 @@
 """What an evaluation gives to others: files, scores by other rules, tables, intervals, a page."""
 
-import argparse
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import LONGEST_WAIT, ROOT
 from PIL import Image
 
 import eval as eval_script
+from datasets import PascalVOCDataset
+from model import EVALUATION_LIMITS, SSD300, Limits, MultiBoxLoss
+from support import devices
+from support.checkpoints import save_weights
 from support.files import InputError
-from support.report import _false_detection, find_mistakes, write_report
+from support.images import read_image
+from support.report import find_false_detections, find_misses, show_false_detection, write_report
 from support.results import (
-    bootstrap,
+    class_rows,
     coco_results,
     coco_scores,
     count_objects,
+    format_table,
     image_ids,
     image_names,
     image_sizes,
-    interval,
-    make_evidence,
     name_voc_results,
-    read_results,
+    read_evidence,
     show_scores,
     summarize,
     write_voc_results,
 )
+from support.sample import make_sample
 from support.voc import make_label_map
-from utils import calculate_mAP, precision_recall_curves, read_image
+from utils import MIN_TRUE_OVERLAP, best_objects_of_other_classes, calculate_mAP, precision_recall_curves
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])
+NO_DETECTIONS = [torch.zeros(0, 4)], [torch.zeros(0)], [torch.zeros(0)]
 
 
-def random_found(random_objects, seed, n_images=12):
-    """Six lists: objects of random images, and detections that are some of them, moved, and some more."""
+def random_results(random_objects, seed, n_images=12):
+    """Objects of random images, and detections: some of the objects, moved a little, and some boxes more."""
     rng = np.random.RandomState(seed)
-    found = [[] for _ in range(6)]
+    detections, ground_truth = ([], [], []), ([], [], [])
     for _ in range(n_images):
         boxes, labels = random_objects(rng, rng.randint(0, 5), len(CLASSES) - 1)  # no cow
         more, others = random_objects(rng, 3, len(CLASSES))
@@ -47,9 +55,9 @@ def random_found(random_objects, seed, n_images=12):
         scores = torch.tensor(rng.rand(int(kept.sum()) + 3), dtype=torch.float32)
         flags = torch.tensor(rng.rand(len(boxes)) < 0.2, dtype=torch.uint8)
         image = (torch.cat([moved[kept], more]), torch.cat([labels[kept], others]), scores, boxes, labels, flags)
-        for part, values in zip(found, image, strict=True):
+        for part, values in zip((*detections, *ground_truth), image, strict=True):
             part.append(values)
-    return found
+    return detections, ground_truth
 
 
 @pytest.fixture
@@ -82,9 +90,9 @@ def test_sizes_are_those_of_the_images_that_are_looked_at(orientation, tmp_path)
 
 
 def test_voc_files_read_back_give_the_same_map(random_objects, pictures, tmp_path):
-    found = random_found(random_objects, 0)
+    detections, ground_truth = random_results(random_objects, 0)
     names, sizes = image_names(pictures), image_sizes(pictures)
-    write_voc_results(tmp_path / "voc", found, names, sizes, CLASSES)
+    write_voc_results(tmp_path / "voc", detections, names, sizes, CLASSES)
     boxes, labels, scores = ([[] for _ in names] for _ in range(3))
     for name, label in CLASSES.items():
         if label == 0:
@@ -96,14 +104,14 @@ def test_voc_files_read_back_give_the_same_map(random_objects, pictures, tmp_pat
             boxes[index].append((np.array(corners, dtype=float) - 1) / side)  # pixels count from 1
             labels[index].append(label)
             scores[index].append(float(score))
-    detections = (
+    read_back = (
         [torch.tensor(np.array(part).reshape(-1, 4)) for part in boxes],
         [torch.tensor(part, dtype=torch.long) for part in labels],
         [torch.tensor(part, dtype=torch.float64) for part in scores],
     )
     for method in ("11-point", "area"):
-        ours = calculate_mAP(*found, label_map=CLASSES, method=method)
-        theirs = calculate_mAP(*detections, *found[3:], label_map=CLASSES, method=method)
+        ours = calculate_mAP(*detections, *ground_truth, label_map=CLASSES, method=method)
+        theirs = calculate_mAP(*read_back, *ground_truth, label_map=CLASSES, method=method)
         assert theirs[1] == pytest.approx(ours[1], abs=1e-12)
         assert 0.1 < ours[1] < 0.9
 
@@ -125,31 +133,28 @@ def test_names_that_voc_files_cannot_have_are_refused(image, name, message, tmp_
 
 
 def test_names_of_images_may_be_of_any_encoding(random_objects, pictures, tmp_path):
-    found = random_found(random_objects, 0)
+    detections, _ = random_results(random_objects, 0)
     names = [f"caf\udce9{number}" for number in range(12)]
-    write_voc_results(tmp_path, found, names, image_sizes(pictures), CLASSES)
+    write_voc_results(tmp_path, detections, names, image_sizes(pictures), CLASSES)
     assert (tmp_path / "comp4_det_test_cat.txt").read_bytes().startswith(b"caf\xe9")
 
 
 def test_coco_results_have_pixels_width_and_height(pictures):
-    found = [
-        [torch.tensor([[0.25, 0.5, 0.5, 1.0]])], [torch.tensor([2])], [torch.tensor([0.75])],
-        [torch.zeros(0, 4)], [torch.zeros(0)], [torch.zeros(0)],
-    ]  # fmt: skip
+    detections = [torch.tensor([[0.25, 0.5, 0.5, 1.0]])], [torch.tensor([2])], [torch.tensor([0.75])]
     expected = {"image_id": 3, "category_id": 2, "bbox": [10, 20, 10, 20], "score": 0.75}
-    assert coco_results(found, ["003"], [(40, 40)]) == [expected]
+    assert coco_results(detections, ["003"], [(40, 40)]) == [expected]
 
 
 def test_coco_scores_are_those_of_arithmetic_by_hand():
     """An overlap of 0.6 passes three of the ten thresholds 0.5, 0.55 ... 0.95; a difficult object does not count."""
-    truth = [torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])], [torch.tensor([1, 1])]
-    detection = [torch.tensor([[0.0, 0.0, 0.5, 0.601]])], [torch.tensor([1])], [torch.tensor([0.9])]
-    found = *detection, *truth, [torch.tensor([0, 1])]
-    scores = coco_scores(found, ["a"], [(100, 100)], CLASSES)
+    objects = [torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])], [torch.tensor([1, 1])]
+    ground_truth = *objects, [torch.tensor([0, 1])]
+    detections = [torch.tensor([[0.0, 0.0, 0.5, 0.601]])], [torch.tensor([1])], [torch.tensor([0.9])]
+    image = ["a"], [(100, 100)], CLASSES
+    scores = coco_scores(detections, ground_truth, *image)
     assert scores == {"AP": pytest.approx(0.3), "AP50": pytest.approx(1), "AP75": pytest.approx(0)}
-    nothing = [torch.zeros(0, 4)], [torch.zeros(0)], [torch.zeros(0)]
-    assert coco_scores((*nothing, *found[3:]), ["a"], [(100, 100)], CLASSES)["AP"] == 0
-    none = coco_scores((*found[:5], [torch.tensor([1, 1])]), ["a"], [(100, 100)], CLASSES)
+    assert coco_scores(NO_DETECTIONS, ground_truth, *image)["AP"] == 0
+    none = coco_scores(detections, (*objects, [torch.tensor([1, 1])]), *image)
     assert show_scores(none) == "AP none, AP50 none, AP75 none"
 
 
@@ -158,86 +163,112 @@ def test_a_class_is_summarized_at_its_best_f1():
     boxes = torch.tensor([[0.1 * i, 0.0, 0.1 * i + 0.08, 0.1] for i in range(4)])
     nowhere = torch.tensor([[0.9, 0.9, 1.0, 1.0]])
     detected = torch.cat([boxes[:2], nowhere, boxes[2:3], nowhere])
-    found = (
-        [detected], [torch.ones(5, dtype=torch.long)], [torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])],
-        [boxes], [torch.ones(4, dtype=torch.long)], [torch.zeros(4)],
-    )  # fmt: skip
-    figures = summarize(precision_recall_curves(*found, label_map=CLASSES)["cat"])
-    assert figures == {
+    detections = [detected], [torch.ones(5, dtype=torch.long)], [torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])]
+    ground_truth = [boxes], [torch.ones(4, dtype=torch.long)], [torch.zeros(4)]
+    results, curves = eval_script.score(detections, ground_truth, CLASSES)
+    assert summarize(curves["cat"]) == {
         "objects": 4, "detections": 5, "recall": 0.75, "precision": 0.75, "recall_at_best": 0.75,
         "score": pytest.approx(0.6),
     }  # fmt: skip
+    cat, dog, cow = class_rows(results, curves)
+    assert cat == ("cat", 4, 5, results["AP_11_point"]["cat"], results["AP_area"]["cat"], 0.75, 0.75, 0.75,
+                   pytest.approx(0.6))  # fmt: skip
+    assert dog == ("<dog>", 0, 0, *[None] * 6)
+    header, *lines, _, note = format_table([cat, dog, cow]).splitlines()
+    assert lines[0].split() == ["cat", "4", "5", *(f"{value:.4f}" for value in cat[3:])]
+    assert lines[1].split() == ["<dog>", "0", "0", *"------"]
+    assert {len(line) for line in (header, *lines)} == {len(header)}
+    assert "left out of the mean" in note
 
 
 def test_a_resampled_map_is_that_of_the_images_drawn(random_objects):
-    found = random_found(random_objects, 1)
-    evidence = make_evidence(precision_recall_curves(*found, label_map=CLASSES))
+    detections, ground_truth = random_results(random_objects, 1)
+    evidence = eval_script.make_evidence(precision_recall_curves(*detections, *ground_truth, label_map=CLASSES))
     evidence = json.loads(json.dumps(evidence))  # as in a file
-    means = bootstrap(evidence, evidence, n=25, seed=4)
+    means = eval_script.bootstrap(evidence, evidence, n=25, seed=4)
     assert (means[0] == means[1]).all()
     rng = np.random.default_rng(4)
     for mean in means[0]:
         drawn = rng.integers(12, size=12)
-        expected = calculate_mAP(*([part[image] for image in drawn] for part in found), label_map=CLASSES)[1]
+        parts = ([part[image] for image in drawn] for part in (*detections, *ground_truth))
+        expected = calculate_mAP(*parts, label_map=CLASSES)[1]
         assert mean == pytest.approx(expected, abs=1e-12)
     nothing = {"cat": {"images": [], "right": [], "objects": [1] * 12}}
-    assert (bootstrap(nothing, n=3) == 0).all()
-    low, high = interval(means[0])
+    assert (eval_script.bootstrap(nothing, n=3) == 0).all()
+    low, high = eval_script.interval(means[0])
     assert low == pytest.approx(np.percentile(means[0], 2.5))
     assert high == pytest.approx(np.percentile(means[0], 97.5))
     assert low < high
 
 
 def test_two_evaluations_are_compared_on_the_same_images(random_objects, tmp_path):
-    found, other = (random_found(random_objects, 2) for _ in range(2))
-    other[2] = [scores.flip(0) for scores in other[2]]
+    detections, ground_truth = random_results(random_objects, 2)
+    *boxes_and_labels, scores = detections
+    other = (*boxes_and_labels, [image_scores.flip(0) for image_scores in scores])
     names = [f"image {number}" for number in range(12)]
     order = np.random.RandomState(0).permutation(12)
-    shuffled = [[part[index] for index in order] for part in other]
+    shuffled = [[[part[index] for index in order] for part in parts] for parts in (other, ground_truth)]
     path = tmp_path / "other.json"
-    results, curves = eval_script.score(shuffled, CLASSES)
-    contents = {**results, "image_names": [names[index] for index in order], "evidence": make_evidence(curves)}
+    results, curves = eval_script.score(*shuffled, CLASSES)
+    contents = {
+        **results, "image_names": [names[index] for index in order], "evidence": eval_script.make_evidence(curves)
+    }  # fmt: skip
     path.write_text(json.dumps(contents))
-    evidence = make_evidence(eval_script.score(found, CLASSES)[1])
+    evidence = eval_script.make_evidence(eval_script.score(detections, ground_truth, CLASSES)[1])
     objects = [
-        {"labels": labels.tolist(), "difficulties": flags.tolist()} for labels, flags in zip(*found[4:], strict=True)
+        {"labels": labels.tolist(), "difficulties": flags.tolist()}
+        for labels, flags in zip(*ground_truth[1:], strict=True)
     ]
     n_objects = count_objects(objects, CLASSES)
     assert n_objects == {name: part["objects"] for name, part in evidence.items()}
-    mean, theirs = read_results(path, names, n_objects)
-    assert mean == pytest.approx(calculate_mAP(*other, label_map=CLASSES)[1])
-    expected = make_evidence(eval_script.score(other, CLASSES)[1])
-    assert np.allclose(bootstrap(theirs, n=9), bootstrap(expected, n=9))
+    theirs = read_evidence(path, names, n_objects)
+    expected = eval_script.make_evidence(eval_script.score(other, ground_truth, CLASSES)[1])
+    assert np.allclose(eval_script.bootstrap(theirs, n=9), eval_script.bootstrap(expected, n=9))
+    difference = eval_script.print_significance(evidence, 9, theirs, "other.json")["difference"]
+    means = [calculate_mAP(*parts, *ground_truth, label_map=CLASSES)[1] for parts in (detections, other)]
+    assert abs(means[0] - means[1]) > 0.01
+    assert difference == pytest.approx(means[0] - means[1], abs=1e-12)
     cat = contents["evidence"]["cat"]
     wrong = ({"right": cat["right"][:-1]}, {"images": [10**30]}, {"images": [99] * len(cat["images"])},
              {"objects": cat["objects"][::-1]})  # fmt: skip
     wrong = [{**contents, "evidence": {**contents["evidence"], "cat": cat | part}} for part in wrong]
-    for broken in ({}, [], {**contents, "image_names": names[:-1]}, {**contents, "evidence": {}}, *wrong):
+    unknown = {**contents, "image_names": ["image 99", *contents["image_names"][1:]]}
+    twice = {**contents, "image_names": [names[0]] * 12}
+    missing = {**contents, "image_names": contents["image_names"][:-1]}
+    for broken in ({}, [], unknown, twice, missing, {**contents, "evidence": {}}, *wrong):
         path.write_text(json.dumps(broken))
-        with pytest.raises(InputError, match=str(path)):
-            read_results(path, names, n_objects)
+        with pytest.raises(InputError, match=f"^{path}: not results .* on the same images, classes and objects"):
+            read_evidence(path, names, n_objects)
     path.write_text("{")
     with pytest.raises(InputError, match=f"{path}.*give a file of eval.py --results"):
-        read_results(path, names, n_objects)
+        read_evidence(path, names, n_objects)
     with pytest.raises(InputError, match="nowhere.json: no such file"):
         eval_script.parse_arguments(["--data-folder", "d", "--against", "nowhere.json"])
 
 
-def test_a_difference_is_more_than_chance_where_its_interval_excludes_0(capsys):
+def test_a_difference_is_more_than_chance_if_its_interval_excludes_0(capsys):
     def evidence(right):
         return {"cat": {"images": list(range(40)), "right": right, "objects": [1] * 40}}
 
     good, poor = evidence([1] * 40), evidence([1, 0, 0, 0] * 10)
-    settings = argparse.Namespace(bootstrap=200, against="other.json")
     pairs = (good, poor, 1, "is more"), (poor, good, -1, "is more"), (good, good, 0, "may be")
     for ours, other, sign, verdict in pairs:
-        means = [bootstrap(part, n=1)[0, 0] for part in (ours, other)]
-        result = eval_script.print_significance({"mAP_11_point": means[0]}, ours, settings, (means[1], other))
+        result = eval_script.print_significance(ours, 200, other, "other.json")
         low, high = result["difference_interval"]
-        assert result["difference"] == means[0] - means[1]
+        assert np.sign(result["difference"]) == sign
         assert (low > 0, high < 0) == (sign > 0, sign < 0)
-        assert f"it {verdict}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "difference to other.json: " in printed
+        assert f"it {verdict}" in printed
     assert low == high == 0
+
+
+def test_files_of_earlier_versions_are_compared_by_the_same_rule():
+    """Six of ten objects, all right: 7/11 here; the earlier rule gave 6/11, for its 0.6 was 0.6000000000000001."""
+    evidence = {"cat": {"images": list(range(6)), "right": [1] * 6, "objects": [1] * 10}}
+    all_right = {"cat": {"images": list(range(10)), "right": [1] * 10, "objects": [1] * 10}}
+    result = eval_script.print_significance(all_right, 5, evidence, "old.json")
+    assert result["difference"] == pytest.approx(1 - 7 / 11)
 
 
 def test_what_cannot_be_written_is_named_before_the_work(tmp_path):
@@ -257,20 +288,44 @@ def test_what_cannot_be_written_is_named_before_the_work(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def mistakes_of(detections, ground_truth):
+    """All that the page tells: false detections, misses and confusions."""
+    curves = precision_recall_curves(*detections, *ground_truth, label_map=CLASSES)
+    others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
+    arguments = (others, ground_truth, CLASSES, MIN_TRUE_OVERLAP)
+    return find_false_detections(curves, *arguments), *find_misses(curves, *arguments)
+
+
 def test_mistakes_are_sorted_out_by_what_they_are(pictures):
+    """Detected: a cat, the same again, a dog taken for a cat, another part of the cat, a dog where none is."""
+    left, part, right, low = [0.0, 0.0, 0.4, 0.4], [0.2, 0.2, 0.5, 0.5], [0.6, 0.0, 1.0, 0.4], [0.0, 0.6, 0.3, 0.9]
+    detections = (
+        [torch.tensor([left, left, right, part, [0.6, 0.6, 0.9, 0.9]])], [torch.tensor([1, 1, 1, 1, 2])],
+        [torch.tensor([0.9, 0.8, 0.7, 0.65, 0.6])],
+    )  # fmt: skip
+    ground_truth = [torch.tensor([left, right, low])], [torch.tensor([1, 2, 3])], [torch.tensor([0, 0, 0])]
+    mistakes, _, _ = mistakes_of(detections, ground_truth)
+    assert [mistake.index for mistake in mistakes] == [1, 2, 3, 4]
+    overlap = 0.04 / (0.16 + 0.09 - 0.04)
+    expected = ["a second detection of its object", "is <dog>", f"a poor box, overlap {overlap:.2f}", "background"]
+    assert [mistake.reason for mistake in mistakes] == expected
+    dataset = type("Data", (), {"images": pictures, "label_map": CLASSES})
+    source, caption = show_false_detection(mistakes[1], detections, ground_truth, dataset)
+    assert caption == "000000.jpg: cat 0.70; is <dog>"
+    assert source.startswith("data:image/jpeg;base64,")
+
+
+def test_what_is_missed_and_confused_is_counted_from_the_score_of_the_best_f1_on():
     left, right, low = [0.0, 0.0, 0.4, 0.4], [0.6, 0.0, 1.0, 0.4], [0.0, 0.6, 0.3, 0.9]
-    found = (
+    detections = (
         [torch.tensor([left, left, right, [0.6, 0.6, 0.9, 0.9]])], [torch.tensor([1, 1, 1, 2])],
         [torch.tensor([0.9, 0.8, 0.7, 0.6])],
-        [torch.tensor([left, right, low])], [torch.tensor([1, 2, 3])], [torch.tensor([0, 0, 0])],
     )  # fmt: skip
-    curves = precision_recall_curves(*found, label_map=CLASSES)
-    curves = {name: curve and curve._replace(scores=np.minimum(curve.scores, 0.1)) for name, curve in curves.items()}
-    mistakes, misses, confusions = find_mistakes(curves, found, CLASSES)
-    dataset = type("Data", (), {"images": pictures, "label_map": CLASSES})
-    described = [_false_detection(*mistake, found, dataset)[1].partition("; ")[2] for mistake in mistakes]
-    assert [place for _, _, place in mistakes] == [1, 2, 3]
-    assert described == ["a second one of its object", "is <dog>", "background"]
+    ground_truth = [torch.tensor([left, right, low])], [torch.tensor([1, 2, 3])], [torch.tensor([0, 0, 0])]
+    curves = precision_recall_curves(*detections, *ground_truth, label_map=CLASSES)
+    curves = {name: curve._replace(scores=np.minimum(curve.scores, 0.1)) for name, curve in curves.items()}
+    others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
+    misses, confusions = find_misses(curves, others, ground_truth, CLASSES, MIN_TRUE_OVERLAP)
     assert [index for _, _, index in misses] == [1, 2]
     assert confusions == {
         ("cat", "cat"): 1, (None, "cat"): 1, ("<dog>", "cat"): 1, (None, "<dog>"): 1, ("cow", None): 1
@@ -278,30 +333,39 @@ def test_mistakes_are_sorted_out_by_what_they_are(pictures):
 
 
 def test_only_what_counts_is_a_mistake():
-    """A difficult cat is found, a cow where none is, and a dog below the score of its class' best F1."""
+    """A difficult cat is detected, a cow where none is, and a dog below the score of its class's best F1."""
     box, other = [0.0, 0.0, 0.4, 0.4], [0.6, 0.6, 1.0, 1.0]
-    found = (
-        [torch.tensor([box, other, other, box])], [torch.tensor([1, 3, 2, 2])], [torch.tensor([0.9, 0.8, 0.7, 0.6])],
-        [torch.tensor([box, other])], [torch.tensor([1, 2])], [torch.tensor([1, 0])],
-    )  # fmt: skip
-    curves = precision_recall_curves(*found, label_map=CLASSES)
-    mistakes, misses, confusions = find_mistakes(curves, found, CLASSES)
-    assert mistakes == [(pytest.approx(0.8), 0, 1), (pytest.approx(0.6), 0, 3)]
+    detections = [torch.tensor([box, other, other, box])], [torch.tensor([1, 3, 2, 2])], [torch.tensor([9, 8, 7, 6.0])]
+    ground_truth = [torch.tensor([box, other])], [torch.tensor([1, 2])], [torch.tensor([1, 0])]
+    mistakes, misses, confusions = mistakes_of(detections, ground_truth)
+    assert [mistake[:3] for mistake in mistakes] == [(8, 0, 1), (6, 0, 3)]
     assert misses == []
     assert confusions == {("<dog>", "<dog>"): 1}
 
 
+def test_a_detection_beside_a_difficult_object_of_a_class_without_others_is_a_mistake():
+    box, other = [0.0, 0.0, 0.4, 0.4], [0.6, 0.6, 1.0, 1.0]
+    detections = [torch.tensor([box, other])], [torch.tensor([1, 1])], [torch.tensor([0.9, 0.8])]
+    mistakes, misses, _ = mistakes_of(detections, ([torch.tensor([box])], [torch.tensor([1])], [torch.tensor([1])]))
+    assert [mistake.index for mistake in mistakes] == [1]
+    assert misses == []
+
+
 def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path):
-    found = random_found(random_objects, 3)
-    results, curves = eval_script.score(found, CLASSES)
+    detections, ground_truth = random_results(random_objects, 3)
+    results, curves = eval_script.score(detections, ground_truth, CLASSES)
     results |= {"checkpoint": "<x>.pth", "data_folder": "d", "images": 12, "device": "CPU", "precision": "fp32"}
+    results |= EVALUATION_LIMITS._replace(min_score=0.03)._asdict()
     results["significance"] = {"mAP_interval": (0.1, 0.2), "against": "<o>.json", "difference": 0.25,
                                "difference_interval": (-0.125, 0.5)}  # fmt: skip
+    results["coco"] = {"AP": 0.125, "AP50": None}
     renamed = [os.path.join(os.path.dirname(path), f"caf\udce9{os.path.basename(path)}") for path in pictures]
     for path, new in zip(pictures, renamed, strict=True):
         os.rename(path, new)
     dataset = type("Data", (), {"images": renamed, "label_map": CLASSES})
-    write_report(tmp_path / "report", results, curves, found, dataset)
+    others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
+    evaluation = (results, curves, detections, ground_truth)
+    write_report(tmp_path / "report", evaluation, others, dataset, MIN_TRUE_OVERLAP)
     (page,) = (tmp_path / "report").iterdir()
     text = page.read_text()
     assert f"{results['mAP_11_point']:.4f}" in text
@@ -310,17 +374,158 @@ def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path)
     assert "<dog>" not in text
     assert "&lt;x&gt;.pth" in text
     assert "Difference to &lt;o&gt;.json: +0.2500, interval -0.1250 to +0.5000" in text
+    assert "AP 0.1250, AP50 none" in text
+    assert "down to a score of 0.03" in text
     assert "caf?0000" in text
-    assert text.count("data:image/svg+xml") == sum(curve is not None for curve in curves.values()) == 2
-    mistakes, misses, _ = find_mistakes(curves, found, CLASSES)
-    assert text.count("data:image/jpeg") == min(24, len(mistakes)) + min(24, len(misses))
+    assert text.count("data:image/svg+xml") == sum(curve.is_scored for curve in curves.values()) == 2
+    mistakes, misses, _ = mistakes_of(detections, ground_truth)
+    assert len(mistakes) == 24
+    assert text.count("data:image/jpeg") == 24 + min(24, len(misses))
     assert "http" not in text.replace("http://www.w3.org", "")
 
 
 @pytest.mark.parametrize(
-    ("flag", "module"), [(["--coco"], "pycocotools.coco"), (["--report", "x"], "matplotlib.figure")]
+    ("flag", "module", "package"),
+    [
+        (["--coco"], "pycocotools.coco", "pycocotools"),
+        (["--report", "x"], "matplotlib.figure", "matplotlib"),
+        (["--report", "x"], "jinja2", "matplotlib jinja2"),
+    ],
 )
-def test_a_package_that_is_not_there_is_named_before_the_work(flag, module, monkeypatch):
+def test_a_package_that_is_not_installed_is_named_before_the_work(flag, module, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=f"pip install {module.split('.')[0]}"):
+    with pytest.raises(InputError, match=f"^{flag[0]} .*pip install {package}"):
         eval_script.parse_arguments(["--data-folder", "d", *flag])
+
+
+@pytest.mark.parametrize(
+    "flags", [("--min-score", "1.5"), ("--max-overlap", "-0.1"), ("--top-k", "0"), ("--min-score", "nan")]
+)
+def test_impossible_limits_are_refused(flags):
+    with pytest.raises(InputError, match="--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more"):
+        eval_script.parse_arguments(["--data-folder", "d", *flags])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pass over the images
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder with lists of 5 test images, and a file with an untrained network for them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_sample(folder / "data", n_train=1, n_test=5, seed=2)
+    torch.manual_seed(0)
+    label_map = PascalVOCDataset(folder / "data", "TEST").label_map
+    model = SSD300(len(label_map), pretrained=False)
+    model.label_map = label_map
+    save_weights(folder / "model.pth", model)
+    return folder
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_batches_that_processes_share_come_back_in_the_order_of_the_data_set(n, monkeypatch):
+    """Five batches: uneven shares for two and three processes."""
+    images = [(torch.full((3, 2, 2), float(i)), *[torch.full((1,), i)] * 3) for i in range(9)]
+    shares = []
+    for number in range(n):
+        monkeypatch.setattr(eval_script, "rank", lambda number=number: number)
+        monkeypatch.setattr(eval_script, "n_processes", lambda: n)
+        loader = eval_script.evaluation_loader(images, 2, 0, torch.device("cpu"))
+        shares.append([batch[1] for batch in loader])
+        assert len(loader) == len(shares[-1]) == len(range(number, 5, n))
+    monkeypatch.setattr(devices, "n_processes", lambda: n)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, own: out.__setitem__(slice(None), shares))
+    batches = devices.gather_over_processes(shares[0])
+    assert [[tensor.item() for tensor in batch] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+
+
+def test_one_pass_detects_and_computes_the_loss_of_all_images_as_one_batch(tiny):
+    model = eval_script.load_model(tiny / "model.pth")
+    dataset = PascalVOCDataset(tiny / "data", "TEST", keep_difficult=True)
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    cpu = torch.device("cpu")
+    detections, ground_truth, figures = eval_script.detect_all(
+        eval_script.evaluation_loader(dataset, 2, 0, cpu), model.train(), criterion=criterion
+    )  # fmt: skip
+    assert not model.training
+    ((images, boxes, labels, difficulties),) = eval_script.evaluation_loader(dataset, 5, 0, cpu)
+    with torch.no_grad():
+        predictions = model(images)
+        expected = model.detect_objects(*predictions, *EVALUATION_LIMITS)
+        assert figures["loss"] == pytest.approx(criterion(*predictions, boxes, labels).item(), rel=1e-4)
+    assert set(figures) == {"waiting_seconds", "network_seconds", "post_processing_seconds", "loss"}
+    for parts, others in ((ground_truth, (boxes, labels, difficulties)), (detections, expected)):
+        for part, other in zip(parts, others, strict=True):
+            assert [tensor.dtype for tensor in part] == [tensor.dtype for tensor in other]
+            assert [tensor.shape for tensor in part] == [tensor.shape for tensor in other]
+    assert all(torch.equal(a, b) for a, b in zip(ground_truth[0], boxes, strict=True))
+    only_loss = eval_script.detect_all(
+        eval_script.evaluation_loader(dataset, 2, 0, cpu), model, limits=None, criterion=criterion
+    )  # fmt: skip
+    assert only_loss[:2] == ([[], [], []], [[], [], []])
+    assert only_loss[2]["loss"] == figures["loss"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_pass_that_any_process_was_asked_to_end_has_no_result(own):
+    """The request may come to this process or to another one."""
+
+    class Asked:
+        requested = own
+
+        def agreed(self):
+            return True
+
+    class Untouched(torch.nn.Module):
+        priors_cxcy = torch.zeros(1, 4)
+
+        def forward(self, images):
+            assert not own
+            return images
+
+    loader = [(torch.zeros(1, 3, 2, 2), [], [], [])]
+    assert eval_script.detect_all(loader, Untouched(), limits=None, interruption=Asked()) is None
+
+
+def test_the_limits_of_the_command_line_are_heeded_and_told(tiny, tmp_path, run):
+    arguments = ("--data-folder", tiny / "data", "--checkpoint", tiny / "model.pth", "--workers", 0)
+    limits = ("--min-score", 0.02, "--max-overlap", 0.3, "--top-k", 7)
+    written = ("--results", tmp_path / "results.json", "--detections", tmp_path / "detections.json")
+    printed = run("eval.py", *arguments, *limits, *written)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert Limits(*(results[name] for name in Limits._fields)) == (0.02, 0.3, 7)
+    assert "at most 7 detections per image, scores above 0.02, suppressed at overlaps above 0.3" in printed
+    detections = json.loads((tmp_path / "detections.json").read_text())
+    assert 0 < len(detections) <= 35
+    assert all(detection["score"] > 0.02 for detection in detections)
+
+
+def test_two_processes_evaluate_as_one(tiny, tmp_path):
+    """Three batches of five images: two for one process, one for the other."""
+    results, printed = {}, {}
+    for name, launcher in (
+        ("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"])
+    ):  # fmt: skip
+        done = subprocess.run(
+            [
+                sys.executable, *launcher, str(ROOT / "eval.py"), "--data-folder", str(tiny / "data"), "--workers", "0",
+                "--checkpoint", str(tiny / "model.pth"), "--batch-size", "2", "--results", str(tmp_path / name),
+                "--bootstrap", "20",
+            ],
+            check=False, capture_output=True, text=True, timeout=LONGEST_WAIT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed[name] = done.stdout
+        results[name] = json.loads(Path(tmp_path / name).read_text())
+    one, two = results["one"], results["two"]
+    assert [one.pop("processes"), two.pop("processes")] == [1, 2]
+    assert sum(len(part["images"]) for part in one["evidence"].values()) > 100
+    for key in one:
+        if not key.endswith("_seconds"):
+            assert one[key] == two[key], key
+    assert printed["two"].count("by the 11-point rule") == 1
+    tables = [text.split("images/s")[0].splitlines()[:-1] for text in printed.values()]
+    assert tables[0] == tables[1]

@@ -9,20 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import calculate_mAP
+from utils import average_precision, best_objects_of_other_classes, calculate_mAP, precision_recall_curves
 
 LABEL_MAP = {"background": 0, "cat": 1, "dog": 2, "cow": 3}
 BOX = [0.1, 0.1, 0.5, 0.5]
 ELSEWHERE = [0.6, 0.6, 0.9, 0.9]
 
 
+def columns(images):
+    """Three lists of a tensor per image, from images as lists of (box, label, score or flag)."""
+    boxes = [torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4) for rows in images]
+    return boxes, *([torch.tensor([row[i] for row in rows]) for rows in images] for i in (1, 2))
+
+
 def score(detections, objects, method="11-point"):
     """calculate_mAP for images as lists of (box, label, score) and of (box, label, difficult)."""
-
-    def columns(images):
-        boxes = [torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4) for rows in images]
-        return boxes, *([torch.tensor([row[i] for row in rows]) for rows in images] for i in (1, 2))
-
     return calculate_mAP(*columns(detections), *columns(objects), label_map=LABEL_MAP, method=method)
 
 
@@ -43,6 +44,23 @@ def test_two_found_of_three_with_a_mistake_between_as_by_hand():
     # precision 1, 1/2, 2/3 at recall 1/3, 1/3, 2/3: recall 0 to 0.3 has precision 1, 0.4 to 0.6 has 2/3
     assert score(detections, objects)[1] == pytest.approx((4 * 1 + 3 * 2 / 3) / 11)
     assert score(detections, objects, "area")[1] == pytest.approx(1 / 3 + 1 / 3 * 2 / 3)
+
+
+@pytest.mark.parametrize("n_right", range(11))
+def test_a_recall_of_exactly_k_tenths_reaches_its_point(n_right):
+    """Of ten objects, the first k are detected and nothing else: 7/11 for six, not 6/11."""
+    objects = [[(BOX, 1, 0)]] * 10
+    detections = [[(BOX, 1, 0.9)]] * n_right + [[]] * (10 - n_right)
+    expected = (n_right + 1) / 11 if n_right else 0
+    assert score(detections, objects)[1] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_objects", [10, 20, 30, 70, 110, 12030])
+def test_every_tenth_of_any_number_of_objects_is_reached(n_objects):
+    recall = np.arange(1, n_objects + 1) / n_objects
+    for k in range(1, 11):
+        first = np.where(recall <= k / 10, 1.0, 0.0)[: k * n_objects // 10]
+        assert average_precision(first, recall[: len(first)]) == pytest.approx((k + 1) / 11)
 
 
 def test_a_second_detection_of_an_object_is_wrong():
@@ -90,10 +108,59 @@ def test_boxes_that_are_not_finite_are_wrong_and_break_nothing():
 
 def test_lists_that_do_not_fit_together_are_refused():
     empty = [torch.zeros(0)]
-    with pytest.raises(ValueError, match="1 images with boxes"):
+    with pytest.raises(ValueError, match="1, 0 and 1 images"):
         calculate_mAP([torch.zeros(0, 4)], [], empty, [torch.zeros(0, 4)], empty, empty)
     with pytest.raises(ValueError, match="differ in number"):
         calculate_mAP([torch.zeros(1, 4)], empty, empty, [torch.zeros(0, 4)], empty, empty)
+
+
+def test_a_curve_tells_the_fate_of_each_detection():
+    """A cat is detected with a poor box, then well, then again; another cat's image has none; a difficult one is."""
+    near, half, far = [0.1, 0.1, 0.5, 0.4], [0.1, 0.1, 0.5, 0.2], [0.7, 0.0, 0.8, 0.05]
+    objects = [[(ELSEWHERE, 2, 0), (BOX, 1, 0), (ELSEWHERE, 1, 1)], [(BOX, 2, 0)], [(BOX, 3, 1)]]
+    detections = [[(half, 1, 0.9), (BOX, 1, 0.7), (near, 1, 0.8), (ELSEWHERE, 1, 0.95), (far, 1, 0.1)], [(BOX, 1, 0.6)],
+                  [(ELSEWHERE, 3, 0.5)]]  # fmt: skip
+    curves = precision_recall_curves(*columns(detections), *columns(objects), label_map=LABEL_MAP)
+    cat, dog, cow = curves["cat"], curves["dog"], curves["cow"]
+    assert cat.scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.1])
+    assert cat.right.tolist() == [False, True, False, False, False]
+    assert cat.images.tolist() == [0, 0, 0, 1, 0]
+    assert cat.indices.tolist() == [0, 2, 1, 0, 4]
+    assert cat.best_overlaps.tolist() == pytest.approx([0.25, 0.75, 1, 0, 0], abs=1e-6)
+    assert cat.best_objects.tolist() == [1, 1, 1, -1, 1]
+    assert cat.n_objects.tolist() == [1, 0, 0]
+    assert cat.precision.tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    assert cat.recall.tolist() == [0, 1, 1, 1, 1]
+    assert (dog.scores.size, dog.is_scored, dog.n_objects.tolist()) == (0, True, [1, 1, 0])
+    # A class with difficult objects only has a curve, too, but is not scored.
+    assert (cow.right.tolist(), cow.recall.tolist(), cow.is_scored) == ([False], [0], False)
+    assert list(curves) == ["cat", "dog", "cow"]
+
+
+def test_the_best_object_of_another_class_is_that_of_the_loop():
+    rng = np.random.RandomState(5)
+    detections, objects = [], []
+    for n_detections, n_objects in ((6, 4), (3, 0), (0, 2), (5, 1), (9, 9)):
+        low = rng.uniform(0, 0.5, (n_detections + n_objects, 2))
+        boxes = np.concatenate([low, low + rng.uniform(0.1, 0.5, low.shape)], axis=1).tolist()
+        labels = rng.randint(1, 4, len(boxes)).tolist()
+        rows = [(box, label, 0) for box, label in zip(boxes, labels, strict=True)]
+        detections.append(rows[:n_detections])
+        objects.append(rows[n_detections:])
+    detections[0].append(([math.nan] * 4, 1, 0))
+    overlaps, indices = best_objects_of_other_classes(*columns(detections)[:2], *columns(objects)[:2])
+    n_matched = 0
+    for image, rows in enumerate(detections):
+        assert overlaps[image].shape == indices[image].shape == (len(rows),)
+        for (box, label, _), overlap, index in zip(rows, overlaps[image], indices[image], strict=True):
+            expected = [
+                reference.jaccard_overlap(box, other) if other_label != label and not math.isnan(box[0]) else 0
+                for other, other_label, _ in objects[image]
+            ]
+            assert overlap == pytest.approx(max(expected, default=0), abs=1e-6)
+            assert index == (np.argmax(expected) if overlap else -1)
+            n_matched += overlap > 0
+    assert n_matched > 10
 
 
 @settings(max_examples=40, deadline=None)

@@ -67,16 +67,34 @@ def test_detections_are_the_recorded_ones(seeded_model, scenario):
 
 
 @pytest.mark.parametrize("scenario", range(2))
-@pytest.mark.parametrize(("method", "recorded"), [("11-point", "devkit07"), ("area", "devkitarea")])
+@pytest.mark.parametrize(("method", "recorded"), [("11-point", "tenths07"), ("area", "devkitarea")])
 def test_average_precisions_are_the_development_kits(scenario, method, recorded):
+    """By 11 points with thresholds of exactly k/10, as Caffe has them."""
+    average_precisions, mean = recorded_map(scenario, method)
+    expected = MAP[f"s{scenario}_{recorded}_ap"]
+    assert average_precisions == pytest.approx(expected.tolist(), abs=1e-6, nan_ok=True)
+    assert mean == pytest.approx(np.nanmean(expected), abs=1e-6)
+
+
+def test_ports_of_the_11_point_rule_with_arange_differ_in_two_of_39_classes():
+    """They have thresholds 0.30000000000000004, 0.6000000000000001 and 0.7000000000000001."""
+    ours = np.concatenate([recorded_map(scenario, "11-point")[0] for scenario in range(2)])
+    ports = np.concatenate([MAP[f"s{scenario}_devkit07_ap"] for scenario in range(2)])
+    scored = ~np.isnan(ours)
+    assert scored.sum() == (~np.isnan(ports)).sum() == 39
+    assert (np.abs(ours - ports)[scored] > 1e-6).sum() == 2
+    assert (ours[scored] >= ports[scored] - 1e-6).all()
+
+
+def recorded_map(scenario, method):
+    """Our average precisions, a list, and their mean for the recorded detections and objects."""
+
     def images(kind, part):
         counts = MAP[f"s{scenario}_{kind}_n"].tolist()
         return list(torch.tensor(MAP[f"s{scenario}_{kind}_{part}"]).split(counts))
 
     label_map = {"background": 0} | {f"class {i}": i for i in range(1, int(MAP[f"s{scenario}_C"]))}
-    parts = [images("det", part) for part in ("boxes", "labels", "scores")]
-    parts += [images("gt", part) for part in ("boxes", "labels", "diff")]
-    found, mean = calculate_mAP(*parts, label_map=label_map, method=method)
-    expected = MAP[f"s{scenario}_{recorded}_ap"]
-    assert list(found.values()) == pytest.approx(expected.tolist(), abs=1e-6, nan_ok=True)
-    assert mean == pytest.approx(np.nanmean(expected), abs=1e-6)
+    detections = [images("det", part) for part in ("boxes", "labels", "scores")]
+    ground_truth = [images("gt", part) for part in ("boxes", "labels", "diff")]
+    average_precisions, mean = calculate_mAP(*detections, *ground_truth, label_map=label_map, method=method)
+    return list(average_precisions.values()), mean

@@ -331,7 +331,8 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
 
     def note_data(loader, *_, **__):
         seen.update(data=loader.dataset)
-        return [[], [], []], [[], [], []], dict.fromkeys(SECONDS, 0.0)
+        boxes, others = [torch.zeros(0, 4)] * 3, [torch.zeros(0)] * 3
+        return [boxes, others, others], [boxes, others, others], dict.fromkeys(SECONDS, 0.0)
 
     monkeypatch.setattr(eval_script, "load_model", lambda *arguments: model)
     monkeypatch.setattr(eval_script, "detect_all", note_data)

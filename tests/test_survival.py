@@ -239,22 +239,31 @@ run_command(train.main)
 """
 
 
-@pytest.mark.parametrize("iterations", [4, 5])
-def test_a_validation_that_is_interrupted_is_done_again_after_resuming(iterations, sample, uninterrupted, tmp_path):
-    """At the end of a run, and before it."""
-    arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS, "--iterations", iterations)
+def test_a_validation_that_is_interrupted_is_done_again_after_resuming(sample, uninterrupted, tmp_path):
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     printed = finish(start(*arguments, launcher=("-c", INTERRUPTED_VALIDATION), env=environment))
     assert f"continue with: python train.py --resume {tmp_path / 'checkpoint.pth'}" in printed
     assert not (tmp_path / "best.pth").exists()
     assert losses_logged(tmp_path)[-1]["event"] == "train"
-    if iterations == 4:
-        finish(start("--resume", tmp_path / "checkpoint.pth"))
-        assert losses_logged(tmp_path) == losses_logged(uninterrupted)
-        best, expected = (read_checkpoint(folder / "best.pth") for folder in (tmp_path, uninterrupted))
-        assert best["best_loss"] == expected["best_loss"] < float("inf")
-        message = finish(start("--resume", tmp_path / "checkpoint.pth"), status=2)
-        assert "has its 4 iterations; give more" in message
+    finish(start("--resume", tmp_path / "checkpoint.pth"))
+    assert losses_logged(tmp_path) == losses_logged(uninterrupted)
+    best, expected = (read_checkpoint(folder / "best.pth") for folder in (tmp_path, uninterrupted))
+    assert best["best_loss"] == expected["best_loss"] < float("inf")
+
+
+def test_a_resumed_run_begins_with_the_validation_of_its_checkpoint(run, tmp_path):
+    run.settings.validate_every = 2
+    assert [train.validation_is_missing(run.settings, iteration) for iteration in range(5)] == [0, 0, 1, 0, 1]
+    run.log().append({"event": "validation", "iteration": 2})
+    assert train.validation_is_missing(run.settings, 2)  # for the best network is not in the checkpoint
+    run.log(keep=lambda record: True).append({"event": "validation", "iteration": 4})
+    assert not train.validation_is_missing(run.settings, 4)
+    run.progress["iteration"] = 4
+    run.save()
+    with pytest.raises(InputError, match="has its 4 iterations; give more"):
+        resume(tmp_path, "--validate-every", 2)
+    resume(tmp_path, "--validate-every", 2, "--iterations", 5)
 
 
 def test_a_validation_finds_the_map_that_eval_finds_and_the_model_trains_on(run, monkeypatch):
@@ -305,7 +314,7 @@ def test_tensorboard_shows_the_log_and_hides_what_a_resumed_run_repeats(run, tmp
     assert (tmp_path / "tensorboard" / "notes").exists()
     for iteration in (1, 2, 3):
         log.append({"event": "train", "iteration": iteration, "loss": 10.0 - iteration})
-    log = run.log(tensorboard=True, keep=lambda record: record["iteration"] <= 2, iteration=2)  # after it was killed
+    log = run.log(tensorboard=True, keep=lambda record: record.get("iteration", 0) <= 2, iteration=2)
     log.append({"event": "train", "iteration": 3, "loss": 6.0})
     validation = {"event": "validation", "iteration": 3, "loss": 5.0, "mAP_11_point": 0.25}
     log.append(validation, train.example_pictures(run.model, test_set))

@@ -11,7 +11,8 @@ from PIL import Image
 
 import utils
 from support.files import InputError
-from utils import IMAGENET_MEAN, IMAGENET_STD, crop_around_objects, read_image, transform, upright_rgb
+from support.images import read_image, upright_rgb
+from utils import IMAGENET_MEAN, IMAGENET_STD, crop_around_objects, transform
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
 
@@ -260,6 +261,14 @@ def test_filling_is_the_imagenet_mean_and_is_not_distorted():
     assert np.allclose(boxes, [[1 / 3, 1 / 3, 2 / 3, 2 / 3]])
 
 
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_the_split_may_be_in_lower_case(split):
+    scene = random_scene(np.random.default_rng(1), n=2)
+    results = [transform(*scene, name, np.random.default_rng(0)) for name in (split, split.lower(), split.title())]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_test_images_are_resized_and_normalised_only():
     image, boxes, labels, difficulties = random_scene(np.random.default_rng(1), n=4)
     image = image.resize((611, 397), Image.Resampling.BICUBIC)
@@ -301,9 +310,13 @@ class Quiet:
 
 
 def test_a_part_smaller_than_a_pixel_of_the_output_keeps_one():
-    assert utils._place(-10, 3990, 1) == (0, 1, 1, 1)
-    assert utils._place(-3999, 1, 5) == (0, 1, 299, 1)
-    assert utils._place(5, 9, 5) == (0, 0, 0, 0)
+    window, image_size = np.array([-10, -3999, 3990, 1]), (1, 5)
+    low, high, out_low, out_size = utils._visible_part(window, image_size)
+    assert (low.tolist(), high.tolist()) == ([0, 0], [1, 1])
+    assert (out_low.tolist(), out_size.tolist()) == ([1, 299], [1, 1])
+    assert utils._visible_part(np.array([0, 5, 9, 9]), (5, 5))[3].tolist() == [0, 0]
+    pixels, _ = utils._sample_window(Image.new("RGB", (5, 5)), np.array([0, 5, 9, 9]), np.zeros((0, 4)))
+    assert (pixels == 0).all()
 
 
 def test_a_large_jpeg_is_decoded_small_where_training_needs_no_more(tmp_path, monkeypatch):
