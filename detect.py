@@ -20,7 +20,7 @@ from tqdm import tqdm
 from model import DETECTION_LIMITS, FEATURE_MAPS, Limits, load_model, split_by_feature_map
 from support.devices import batches_on, choose_precision, count_cores, find_device
 from support.export import export_onnx
-from support.files import InputError, atomic_writer, check_targets, encode_json, make_folder, run_command
+from support.files import InputError, atomic_writer, check_outputs, encode_json, make_folder, run_command
 from support.images import WRITABLE_FORMATS, draw_boxes, read_image, tile, upright_rgb, write_image
 from support.voc import IMAGE_SUFFIXES, label_color_map, label_names
 from utils import IMAGE_SIZE, cxcy_to_xy, transform
@@ -240,7 +240,7 @@ def parse_arguments(arguments=None):
     if settings.explain and settings.json:
         raise InputError("--explain and --json cannot be combined; give one of them")
 
-    check_targets(
+    check_outputs(
         settings.output, settings.json, settings.export,
         folders=[settings.output_folder], inputs=[*settings.images, settings.checkpoint],
     )  # fmt: skip
@@ -262,9 +262,9 @@ def _make_parser():
     add("--output-folder", metavar="DIR", help="folder for the annotated copies of several images [detected]")
     add("--json", metavar="FILE", help="write one line of JSON per image: file, width, height, objects")
     add("--min-score", type=float, default=DETECTION_LIMITS.min_score,
-        help="probability that every detection exceeds [%(default)s]")  # fmt: skip
+        help="keep detections with a probability above this [%(default)s]")  # fmt: skip
     add("--max-overlap", type=float, default=DETECTION_LIMITS.max_overlap,
-        help="jaccard overlap above which the weaker of two boxes of a class is suppressed [%(default)s]")  # fmt: skip
+        help="suppress detections that overlap a better one of their class by more [%(default)s]")  # fmt: skip
     add("--top-k", type=int, default=DETECTION_LIMITS.top_k, help="most detections per image [%(default)s]")
     add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out")
     add("--explain", action="store_true",

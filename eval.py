@@ -33,7 +33,7 @@ from support.devices import (
     rank,
     sum_over_processes,
 )
-from support.files import InputError, check_targets, run_command, write_json
+from support.files import InputError, check_outputs, run_command, write_json
 from support.report import import_report_packages, write_report
 from support.results import (
     class_rows,
@@ -65,16 +65,18 @@ def parse_arguments(arguments=None):
     )
     add = parser.add_argument
     add("--data-folder", required=True, help="folder with the lists of create_data_lists.py")
-    add("--checkpoint", default="coco", help="of train.py or a known system [torchvision's coco]")
+    add(
+        "--checkpoint", default="coco", help="checkpoint of train.py, or weights of a known system [torchvision's coco]"
+    )
     add("--batch-size", type=int, default=32, help="images per batch [%(default)s]")
     add("--workers", type=int, default=count_cores(),
         help="processes that load images, 0 for none [the processor's cores, 16 at most]")  # fmt: skip
     add("--precision", choices=["auto", *PRECISIONS], default="fp32",
         help="of the network's arithmetic; auto: bf16 on a GPU that supports it [%(default)s]")  # fmt: skip
     add("--min-score", type=float, default=EVALUATION_LIMITS.min_score,
-        help="probability that every detection exceeds [%(default)s]")  # fmt: skip
+        help="keep detections with a probability above this [%(default)s]")  # fmt: skip
     add("--max-overlap", type=float, default=EVALUATION_LIMITS.max_overlap,
-        help="overlap with a better detection of its class above which one is suppressed [%(default)s]")  # fmt: skip
+        help="suppress detections that overlap a better one of their class by more [%(default)s]")  # fmt: skip
     add("--top-k", type=int, default=EVALUATION_LIMITS.top_k, help="most detections per image [%(default)s]")
     add("--results", metavar="FILE", help="write all figures to this JSON file")
     add("--report", metavar="DIR", help="write a page with curves, confusions and the worst mistakes to this folder")
@@ -101,7 +103,7 @@ def parse_arguments(arguments=None):
     lists = [os.path.join(settings.data_folder, name) for name in names]
     inputs = [settings.checkpoint, *lists, *filter(None, [settings.against])]
     folders = [settings.report, settings.voc_results]
-    check_targets(settings.results, settings.detections, folders=folders, inputs=inputs)
+    check_outputs(settings.results, settings.detections, folders=folders, inputs=inputs)
     return settings
 
 
@@ -131,10 +133,10 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
     :param precision: of the network's arithmetic, a key of PRECISIONS
     :param criterion: MultiBoxLoss; with it, the loss is computed, too
     :param interruption: support.devices.Interruption, which ends the work early
-    :return: detections (boxes, labels, scores) and ground_truth (boxes, labels, difficulties), three lists each of one
-        tensor per image, boxes fractional xy, all empty if limits is None; figures: "waiting_seconds" for images,
-        "network_seconds", "post_processing_seconds", all of this process, and with a criterion "loss", that of all
-        images as one batch. If any process was interrupted, None instead of the three.
+    :return: detections (boxes, labels, scores) and ground_truth (boxes, labels, difficulties): three lists each, of one
+        tensor per image, boxes fractional xy; empty if limits is None. Then a dict: "waiting_seconds" for images,
+        "network_seconds", "post_processing_seconds", all of this process; with a criterion also "loss", normalised as
+        if all images were one batch. Returns None if any process was interrupted.
     """
     model.eval()
     device = model.priors_cxcy.device
@@ -180,7 +182,7 @@ def _now(device):
     return time.perf_counter()
 
 
-Evaluation = namedtuple("Evaluation", "results curves detections ground_truth")
+Evaluation = namedtuple("Evaluation", "results curves detections ground_truth")  # what `evaluate` returns
 
 
 def evaluate(loader, model, limits=EVALUATION_LIMITS, precision="fp32"):
@@ -239,17 +241,17 @@ def make_evidence(curves):
     }  # fmt: skip
 
 
-def bootstrap(*evidences, n=1000, seed=0):
-    """Return the 11-point mAPs (len(evidences), n) of n samples of the images, drawn with replacement.
+def bootstrap(*evaluations, n=1000, seed=0):
+    """Return the 11-point mAPs (len(evaluations), n) of n samples of the images, drawn with replacement.
 
-    All evidences are given the same samples, so that their difference is computed pair by pair.
+    All evaluations get the same samples, so that their difference is computed pair by pair.
 
-    :param evidences: as from `make_evidence`, of the same images in the same order
+    :param evaluations: the evidence of each, as from `make_evidence`, of the same images in the same order
     """
-    arrays = [_as_arrays(evidence) for evidence in evidences]
+    arrays = [_as_arrays(evidence) for evidence in evaluations]
     n_images = len(arrays[0][0][2])
     rng = np.random.default_rng(seed)
-    means = np.zeros((len(evidences), n))
+    means = np.zeros((len(evaluations), n))
     for sample in tqdm(range(n), "resampling", leave=False, disable=None):
         times = np.bincount(rng.integers(n_images, size=n_images), minlength=n_images)
         means[:, sample] = [_resampled_map(classes, times) for classes in arrays]
@@ -258,8 +260,7 @@ def bootstrap(*evidences, n=1000, seed=0):
 
 def _as_arrays(evidence):
     """Return (images, right, objects) of each class as arrays."""
-    keys = ("images", "right", "objects")
-    return [[np.asarray(part[key], np.int64) for key in keys] for part in evidence.values()]
+    return [[np.asarray(part[key], np.int64) for key in ("images", "right", "objects")] for part in evidence.values()]
 
 
 def _resampled_map(classes, times=None):
@@ -276,7 +277,7 @@ def _resampled_map(classes, times=None):
     return np.mean(scored) if scored else math.nan
 
 
-def interval(values, share=0.95):
+def confidence_interval(values, share=0.95):
     """Return the bounds of the central interval that holds this share of the values."""
     return tuple(np.nanquantile(values, [(1 - share) / 2, (1 + share) / 2]).tolist())
 
@@ -284,19 +285,19 @@ def interval(values, share=0.95):
 def print_significance(evidence, n, other=None, path=None):
     """Print the 95% interval of the 11-point mAP, and of its difference to another evaluation; return plain values.
 
-    Both mAPs are computed here, because files of earlier versions hold one by a slightly different rule.
+    Both mAPs are recomputed here: results files of earlier versions contain an mAP by a slightly different rule.
 
     :param evidence, other: as from `make_evidence` and `read_evidence`; the other one was read from `path`
     :param n: number of samples
     """
-    evidences = [evidence] if other is None else [evidence, other]
-    samples = bootstrap(*evidences, n=n)
-    low, high = interval(samples[0])
+    evaluations = [evidence] if other is None else [evidence, other]
+    samples = bootstrap(*evaluations, n=n)
+    low, high = confidence_interval(samples[0])
     print(f"\n95% interval of the 11-point mAP: {low:.4f} to {high:.4f}, from {n} samples")
     significance = {"samples": n, "mAP_interval": (low, high)}
     if other is not None:
-        ours, theirs = (_resampled_map(_as_arrays(part)) for part in evidences)
-        low, high = interval(samples[0] - samples[1])
+        ours, theirs = (_resampled_map(_as_arrays(part)) for part in evaluations)
+        low, high = confidence_interval(samples[0] - samples[1])
         verdict = "is more than chance" if low > 0 or high < 0 else "may be chance"
         print(f"difference to {path}: {ours - theirs:+.4f}, 95% interval {low:+.4f} to {high:+.4f}: it {verdict}")
         significance |= {"against": path, "difference": float(ours - theirs), "difference_interval": (low, high)}
@@ -360,7 +361,7 @@ def run(settings, device):
         **results,
     }  # fmt: skip
 
-    # Print and write; the results first, so that nothing that fails later costs them.
+    # Print and write. The results file comes first, so that a later failure cannot lose it.
     evidence = make_evidence(curves)
     basis = {"image_names": names, "evidence": evidence}
     if settings.results:

@@ -54,11 +54,12 @@ FEATURE_MAPS = {
 }
 
 # Families of priors; all lengths are in image sides.
-# scales: side of the square prior of each feature map, and one more for the extra prior of the last feature map: an
-#   extra prior's side is the geometric mean of its feature map's scale and the next one
-# steps: distance between the centres of neighbouring cells of each feature map
-# aspect_ratios: width over height, in the order of the priors in a cell; a feature map with 4 priors takes 2 and 1/2
-# clip_centers: whether centres beyond the image's border are moved onto it
+# scales: side of each feature map's square prior. Its second square prior has the geometric mean of this scale and the
+#   next feature map's as its side, so there is one more scale than feature maps.
+# steps: distance between the centres of neighbouring cells of each feature map.
+# aspect_ratios: width over height of the other priors, in their order. Feature maps with 6 priors per cell take all of
+#   them, those with 4 priors only the ratios from 1/2 to 2. FEATURE_MAPS states the numbers.
+# clip_centers: whether centres beyond the image's border are moved onto it.
 _CAFFE_STEPS = tuple(step / 300 for step in (8, 16, 32, 64, 100, 300))
 PRIOR_FAMILIES = {
     # Paper: scales 0.2 ... 0.9 (§2.2) and 0.1 for conv4_3 (§3.1). As in the public tutorial, the last extra prior is
@@ -89,8 +90,10 @@ PRIOR_FAMILIES = {
 class Limits(NamedTuple):
     """The limits of `SSD300.detect_objects`."""
 
-    min_score: float  # probability that every detection exceeds
-    max_overlap: float  # jaccard overlap with a better detection of its class above which a detection is suppressed
+    min_score: float  # detections have a probability above this
+    max_overlap: (
+        float  # of two boxes of a class that overlap by more than this, the one with the lower score is dropped
+    )
     top_k: int  # most detections per image, all classes together
 
 
@@ -214,8 +217,9 @@ class SSD300(nn.Module):
     :param n_classes: number of classes, background included
     :param pretrained: start the base from ImageNet weights
     :param priors: family of the priors, a key of PRIOR_FAMILIES
-    :param pixel_mean: None, or the mean (red, green, blue) of a network that was trained on RGB of 0-255 minus a mean:
-        it converts its ImageNet-normalised input itself
+    :param pixel_mean: mean (red, green, blue) that the base expects to be subtracted from RGB of 0-255, or None if it
+        takes ImageNet-normalised images. The input of the whole network is ImageNet-normalised in any case; it is
+        converted inside.
     :raises ValueError: if the family of priors is unknown
     """
 
@@ -299,14 +303,14 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
         lowest_score = flat.topk(min(n_best, n_candidates)).values[-1]
         candidates = (flat >= lowest_score).nonzero().squeeze(1)
         candidates = candidates[flat[candidates].argsort(descending=True, stable=True)][:n_best]
-        priors, classes = candidates // n_foreground, candidates % n_foreground
+        prior_indices, classes = candidates // n_foreground, candidates % n_foreground
         # Shift each class to a region of its own, so that one call suppresses within classes only. In float64 the
         # overlaps stay exact.
-        shifted = boxes[priors].double().clamp(-1e6, 1e6)
+        shifted = boxes[prior_indices].double().clamp(-1e6, 1e6)
         shifted = shifted + classes[:, None] * (shifted.max() - shifted.min() + 1)
         kept = torchvision.ops.nms(shifted, flat[candidates].double(), max_overlap)[:top_k]
         if len(kept) == top_k or len(candidates) >= n_candidates:
-            return boxes[priors[kept]], classes[kept] + 1, flat[candidates[kept]]
+            return boxes[prior_indices[kept]], classes[kept] + 1, flat[candidates[kept]]
         n_best *= 4
 
 
@@ -319,12 +323,16 @@ def create_prior_boxes(priors="paper"):
     """
     family = PRIOR_FAMILIES[priors]
     boxes = []
-    for index, (cells, _, n_priors) in enumerate(FEATURE_MAPS.values()):
+    for index, (name, (cells, _, n_priors)) in enumerate(FEATURE_MAPS.items()):
         scale, next_scale = family["scales"][index : index + 2]
         extra_scale = math.sqrt(scale * next_scale)
         ratios = [ratio for ratio in family["aspect_ratios"] if n_priors == 6 or 0.5 <= ratio <= 2]
         shapes = [(scale, scale), (extra_scale, extra_scale)]
         shapes += [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
+        if len(shapes) != n_priors:
+            raise ValueError(
+                f"{name}: {len(shapes)} priors by its scales and aspect ratios, {n_priors} by FEATURE_MAPS"
+            )
         centers = [(cell + 0.5) * family["steps"][index] for cell in range(cells)]
         if family["clip_centers"]:
             centers = [min(center, 1.0) for center in centers]
@@ -378,7 +386,7 @@ class MultiBoxLoss(nn.Module):
     """The training objective (paper §2.2, equations 1 to 3), for a whole batch at once.
 
     Matching: every object gets the prior that overlaps it most; if objects share a best prior, the last one gets it.
-    Then every other prior is matched with the object that it overlaps most, if by `threshold` or more.
+    Then every other prior is matched with the object that it overlaps most, if that overlap is at least `threshold`.
     Hard negative mining: each image uses its unmatched priors with the highest confidence loss, `neg_pos_ratio` times
     as many as it has matched priors.
 
@@ -424,7 +432,7 @@ class MultiBoxLoss(nn.Module):
             hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
             n_ranked = self.count_ranked(n_used, n_priors)
             ranked = hardness.topk(n_ranked, dim=1).indices
-        rank = torch.arange(n_ranked, device=positive.device)
+        position = torch.arange(n_ranked, device=positive.device)  # in the ranking
         predicted_locs, predicted_scores, true_boxes = (
             values.gather(1, ranked[..., None].expand(-1, -1, values.size(2))).float()
             for values in (predicted_locs, predicted_scores, true_boxes)
@@ -433,13 +441,13 @@ class MultiBoxLoss(nn.Module):
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy[ranked])
         localization = F.smooth_l1_loss(predicted_locs, true_locs, reduction="none").sum(dim=2)
-        localization = torch.where(rank < n_positives[:, None], localization, 0).sum()
+        localization = torch.where(position < n_positives[:, None], localization, 0).sum()
 
         # Compare the classes of the positives and the hard negatives.
         confidence = F.cross_entropy(
             predicted_scores.reshape(-1, n_classes), true_labels.gather(1, ranked).reshape(-1), reduction="none"
         ).reshape(n_images, n_ranked)
-        confidence = torch.where(rank < n_used[:, None], confidence, 0).sum()
+        confidence = torch.where(position < n_used[:, None], confidence, 0).sum()
 
         n_positives = n_positives.sum()
         normalizer = n_positives.clamp(min=1)
@@ -447,9 +455,9 @@ class MultiBoxLoss(nn.Module):
 
     @staticmethod
     def count_ranked(n_used, n_priors):
-        """Return how many priors of each image to rank: at least the largest of the numbers (N,) that are used.
+        """Return how many priors of each image to rank: no fewer than the largest value in n_used (N,).
 
-        On a CPU it is exactly that. Reading it from a GPU would mean waiting for the GPU, so there all are ranked.
+        On a CPU it is that value. Reading it from a GPU would mean waiting for the GPU, so all are ranked there.
         """
         return n_priors if n_used.is_cuda else min(n_priors, max(1, math.ceil(n_used.max())))
 

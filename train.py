@@ -43,9 +43,9 @@ from support.devices import (
     rank,
     sum_over_processes,
 )
-from support.files import DivergenceError, InputError, check_targets, make_folder, run_command
+from support.files import DivergenceError, InputError, check_outputs, make_folder, run_command
 from support.images import draw_boxes, read_image
-from support.runlog import Interval, RunLog, describe_run, import_tensorboard, mean_losses, read_log, show, warn
+from support.runlog import RunLog, Stopwatch, describe_run, import_tensorboard, mean_losses, read_log, show, warn
 from support.sample import make_sample
 from support.voc import label_color_map, label_names
 from utils import IMAGE_SIZE, calculate_mAP
@@ -105,7 +105,7 @@ def make_parser():
     add = parser.add_argument_group("progress").add_argument
     add("--checkpoint-every", type=int, default=1000, metavar="N", help="iterations [%(default)s]")
     add("--validate-every", type=int, default=0, metavar="N",
-        help="iterations between losses over the test split, which decide best.pth; 0: never [0]")  # fmt: skip
+        help="iterations between losses over the test split; the best network is kept; 0: never [0]")  # fmt: skip
     add("--validate-map", action="store_true", help="also validate by 11-point mAP, which then decides best.pth")
     add("--log-every", type=int, default=20, metavar="N", help="iterations per record in log.jsonl [%(default)s]")
     add("--resume", metavar="FILE", help="continue from this checkpoint, with its settings")
@@ -140,7 +140,7 @@ def check_settings(settings):
         raise InputError("no data: give --data-folder, or --sample for a small synthetic data set")
     inputs = [settings.base, settings.init_from, settings.resume]
     inputs += [os.path.join(settings.output_folder, name) for name in RUN_FILES]
-    check_targets(settings.weights_only, inputs=filter(None, inputs))
+    check_outputs(settings.weights_only, inputs=filter(None, inputs))
     if settings.tensorboard:
         import_tensorboard()
     if settings.validate_map and not settings.validate_every:
@@ -205,7 +205,7 @@ def transfer(source, label_map):
 
 
 def learning_rate(iteration, settings):
-    """Return the rate of an update, counted from 0: linear warm-up, then divided by 10 at each step of decay_at."""
+    """Return the learning rate of an update, from 0: a linear rise (warm-up), then a tenth at each step of decay_at."""
     warmup = min(1.0, (iteration + 1) / settings.warmup) if settings.warmup else 1.0
     return settings.lr * warmup * 0.1 ** sum(iteration >= step for step in settings.decay_at)
 
@@ -235,7 +235,7 @@ def start_or_resume(settings, dataset, device, precision):
     torch.manual_seed(settings.seed)
     if settings.resume:
         checkpoint = read_checkpoint(settings.resume)
-        compare_with(checkpoint, settings, dataset)
+        check_same_run(checkpoint, settings, dataset)
         progress |= {name: checkpoint[name] for name in progress if name in checkpoint}
         model = build_model(checkpoint, settings.resume)
     else:
@@ -250,8 +250,8 @@ def start_or_resume(settings, dataset, device, precision):
     return model, optimizer, scaler, progress
 
 
-def compare_with(checkpoint, settings, dataset):
-    """Print the settings that differ from a checkpoint's; raises InputError if they make it another run."""
+def check_same_run(checkpoint, settings, dataset):
+    """Print the settings that differ from a checkpoint's, and raise InputError if they make it another run."""
     if checkpoint["label_map"] != dataset.label_map:
         raise InputError(
             f"{settings.resume}: its classes ({', '.join(checkpoint['label_map'])}) are not those of "
@@ -268,11 +268,13 @@ def compare_with(checkpoint, settings, dataset):
     done = checkpoint["iteration"]
     is_complete = done >= settings.iterations and not validation_is_missing(settings, done)
     if is_complete and not settings.weights_only:
-        raise InputError(f"{settings.resume}: has its {done} iterations; give more with --iterations")
+        raise InputError(f"{settings.resume}: has finished its {done} iterations; to train further, raise --iterations")
 
 
 def training_loader(settings, dataset, iteration, device):
     """Return the loader of this process's share of the batches from an iteration on."""
+    if settings.batch_size < n_processes():
+        raise InputError(f"--batch-size {settings.batch_size}: too small for {n_processes()} processes; give more")
     sampler = TrainingSampler(
         len(dataset), settings.batch_size, settings.seed, settings.iterations, iteration, (rank(), n_processes())
     )
@@ -304,15 +306,13 @@ def train(settings):
         make_deterministic()
     device = join_processes()
     precision = choose_precision(settings.precision, device)
-    if settings.batch_size < n_processes():
-        raise InputError(f"--batch-size {settings.batch_size}: too small for {n_processes()} processes; give more")
-    check_output(settings)
+    check_overwriting(settings)
     dataset = training_set(settings)
     model, optimizer, scaler, progress = start_or_resume(settings, dataset, device, precision)
     criterion = MultiBoxLoss(model.priors_cxcy)
-    network, image_shape = model, (share_of(settings.batch_size), 3, IMAGE_SIZE, IMAGE_SIZE)
+    network = model
     if settings.compile:
-        network = compile_network(model, image_shape, precision)
+        network = compile_network(model, (share_of(settings.batch_size), 3, IMAGE_SIZE, IMAGE_SIZE), precision)
     if n_processes() > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     train_loader = training_loader(settings, dataset, progress["iteration"], device)
@@ -324,21 +324,20 @@ def train(settings):
 
     # A checkpoint is saved before the validation of its iteration, so a resumed run begins with that.
     validate_now = test_loader is not None and validation_is_missing(settings, progress["iteration"])
-    log = start_log(settings, dataset, model, precision, progress["iteration"], validate_now)
+    log = prepare_output(settings, dataset, model, precision, progress["iteration"], validate_now)
     save = functools.partial(save_run, settings, model, optimizer, scaler, dataset.fingerprint(), progress)
     validation = functools.partial(
         validate_and_keep_best, test_loader, model, criterion, precision, log, save, progress
     )
-    bar = tqdm(total=settings.iterations, initial=progress["iteration"], desc="training", unit="it",
-               disable=rank() > 0 or None)  # fmt: skip
-    with bar, Interruption() as interruption:
+    todo = {"total": settings.iterations, "initial": progress["iteration"], "disable": rank() > 0 or None}
+    with tqdm(**todo, desc="training", unit="it") as bar, Interruption() as interruption:
         if validate_now:
             save("checkpoint.pth", must=True)  # the run may have been resumed into another folder
             if not validation(settings.validate_map, interruption):
                 return model, False
-        interval, losses = Interval(), []
+        stopwatch, losses = Stopwatch(), []
         for batch in batches_on(device, train_loader):
-            interval.stop_waiting()
+            stopwatch.stop_waiting()
             rate = learning_rate(progress["iteration"], settings)
             losses.append(step(batch, rate, precision, settings.grad_clip))
             progress["iteration"] += 1
@@ -351,15 +350,15 @@ def train(settings):
             )
             stop = interruption.agreed()
             if log_now or save_now or validate_now or stop:
-                stop_if_not_finite(losses, model, scaler, progress, dataset, train_loader.batch_sampler)
+                progress["pending"] += stop_if_not_finite(losses, model, scaler, progress["iteration"], train_loader)
                 losses = []
             if log_now:
-                record = {"event": "train", "iteration": progress["iteration"]}
-                record |= {**mean_losses(progress["pending"], criterion.alpha), "lr": rate}
-                record |= interval.figures(settings.batch_size)
+                means = mean_losses(progress["pending"], criterion.alpha)
+                record = {"event": "train", "iteration": progress["iteration"], **means, "lr": rate}
+                record |= stopwatch.figures(settings.batch_size)
                 log.append(record)
                 show(bar, record)
-                if progress["iteration"] % settings.log_every == 0:  # else an extra record at the end of the run
+                if progress["iteration"] % settings.log_every == 0:  # an extra record at the end keeps them
                     progress["pending"] = []
             if save_now or validate_now or stop:
                 save("checkpoint.pth", must=stop or progress["iteration"] == settings.iterations)
@@ -368,8 +367,8 @@ def train(settings):
             if stop:
                 break
             if log_now:
-                interval = Interval()  # validating and saving do not count
-            interval.start_waiting()
+                stopwatch = Stopwatch()  # validating and saving do not count
+            stopwatch.start_waiting()
     return model, progress["iteration"] >= settings.iterations
 
 
@@ -406,14 +405,16 @@ def train_step(network, criterion, optimizer, scaler, batch, rate, precision="fp
 
 
 def is_due(iteration, every, last):
-    """Tell whether something is done after this many updates: after every `every`, if not 0, and after the last."""
+    """Tell whether a periodic action is due after an update: after each `every` updates (0: never), and at the end."""
     return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == last)
 
 
-def stop_if_not_finite(losses, model, scaler, progress, dataset, sampler):
-    """Add the losses of the last updates to progress["pending"], unless they or the weights are not finite.
+def stop_if_not_finite(losses, model, scaler, iteration, loader):
+    """Return the losses of the last updates as lists; raises DivergenceError if they or the weights are not finite.
 
     :param losses: what `train_step` returned for each update since the last call
+    :param iteration: number of updates made
+    :param loader: of the training batches
     :raises DivergenceError: naming the iteration and its images
     """
     losses = sum_over_processes(torch.stack(losses)).cpu()  # waits for the GPU
@@ -421,24 +422,24 @@ def stop_if_not_finite(losses, model, scaler, progress, dataset, sampler):
     finite = losses[:, : 2 if scaler.is_enabled() else 3].isfinite().all(dim=1)
     if not finite.all():
         index = finite.int().argmin().item()  # the first that is not
-        iteration = progress["iteration"] - len(losses) + index
-        images = ", ".join(dataset.images[image] for _, image in sampler.batch(iteration))
+        broken = iteration - len(losses) + index
+        images = ", ".join(loader.dataset.images[image] for _, image in loader.batch_sampler.batch(broken))
         confidence, localization, norm = losses[index].tolist()
         raise DivergenceError(
-            f"iteration {iteration + 1}: the loss or its gradient is not finite (confidence {confidence:.4g}, "
+            f"iteration {broken + 1}: the loss or its gradient is not finite (confidence {confidence:.4g}, "
             f"localization {localization:.4g}, norm of the gradient {norm:.4g}); the last checkpoint is kept; lower "
             f"--lr, raise --warmup, use --grad-clip, or look at these images: {images}"
         )
-    progress["pending"] += losses.tolist()
     if not torch.stack([weight.isfinite().all() for weight in model.parameters()]).all():
         raise DivergenceError(
-            f"iteration {progress['iteration']}: the weights are not finite; the last checkpoint is kept; lower --lr, "
+            f"iteration {iteration}: the weights are not finite; the last checkpoint is kept; lower --lr, "
             "raise --warmup or use --grad-clip"
         )
+    return losses.tolist()
 
 
 def validate(loader, model, criterion, precision, with_map=False, interruption=None):
-    """Return the loss over all test images as over one batch, and the mAP on request; then the model trains again.
+    """Return the loss over all test images, normalised as one batch, and the mAP on request; back in training mode.
 
     :param loader: as `eval.evaluation_loader` makes it
     :return: {"loss": ..., "mAP_11_point": ... if `with_map`}; None if interrupted
@@ -478,9 +479,9 @@ def validate_and_keep_best(loader, model, criterion, precision, log, save, progr
 
 
 def validation_is_missing(settings, iteration):
-    """Tell whether a resumed run begins with the validation of its iteration, whose checkpoint is saved before it.
+    """Tell whether a resumed run must first validate: a checkpoint is saved before the validation of its iteration.
 
-    The validation is repeated, which leads to the same best network, unless the log says that a finished run had it.
+    It is repeated even if it was made, which leads to the same best network, unless a finished run has logged it.
     """
     if not is_due(iteration, settings.validate_every, settings.iterations):
         return False
@@ -506,7 +507,7 @@ def example_pictures(model, test_set, n=4):
     return pictures
 
 
-def check_output(settings):
+def check_overwriting(settings):
     """Raise InputError if a new run would overwrite an earlier one; but a sample run may overwrite a sample run."""
     checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
     if not os.path.exists(checkpoint) or settings.resume or settings.overwrite or settings.dry_run:
@@ -518,8 +519,8 @@ def check_output(settings):
         )
 
 
-def start_log(settings, dataset, model, precision, iteration, validates_first):
-    """Prepare the output folder, print what is trained on what, and return the log.
+def prepare_output(settings, dataset, model, precision, iteration, validates_first):
+    """Clean the output folder of an earlier run, print what is trained on what, and return the log.
 
     :param iteration: number of updates made so far
     :param validates_first: whether the run begins with the validation of that iteration
@@ -614,21 +615,22 @@ def main():
         is_first = rank() == 0
     finally:
         leave_processes()
+    if is_first and complete and settings.weights_only:
+        save_weights(settings.weights_only, model)
     if is_first and not settings.dry_run:
-        say_what_is_next(settings, model, complete)
+        say_what_is_next(settings, complete)
 
 
-def say_what_is_next(settings, model, complete):
-    """Export the weights if asked to, and print the commands that continue from a run."""
+def say_what_is_next(settings, complete):
+    """Print the commands that continue from a run."""
     checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
     if not complete:
         print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
         return
-    if settings.weights_only:
-        save_weights(settings.weights_only, model)
     if settings.sample and not torch.cuda.is_available():
-        needed = SAMPLE_ON_GPU["iterations"]
-        print(f"{settings.iterations} iterations show that the loss falls; a GPU takes {needed} to detect well")
+        print(
+            f"{settings.iterations} iterations only show that the loss falls; on a GPU, --sample makes {SAMPLE_ON_GPU['iterations']}"
+        )
     print(f"trained: {checkpoint}; next:")
     print(shlex.join(["python", "eval.py", "--data-folder", settings.data_folder, "--checkpoint", checkpoint]))
     image = PascalVOCDataset(settings.data_folder, "TEST").images[0]

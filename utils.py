@@ -53,8 +53,7 @@ def jaccard_overlap(boxes_1, boxes_2):
 
     Takes tensors or arrays. For a few boxes arrays are several times faster.
     """
-    library = np if isinstance(boxes_1, np.ndarray) else torch
-    shared_sides = []
+    library, shared_sides = (np if isinstance(boxes_1, np.ndarray) else torch), []
     for low, high in ((0, 2), (1, 3)):
         side = library.minimum(boxes_1[..., high], boxes_2[..., high])
         side -= library.maximum(boxes_1[..., low], boxes_2[..., low])  # in place: the tables are large
@@ -90,8 +89,7 @@ def decimate(tensor, m):
 IMAGE_SIZE = 300  # side of the network's input, pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0-1: torchvision's VGG-16 was trained with these
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_PIXEL_MEAN = 255 * torch.tensor(IMAGENET_MEAN)[:, None, None]
-_PIXEL_STD = 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+_PIXEL_MEAN, _PIXEL_STD = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 # Paper §2.2, "Data augmentation"; figures from Caffe's ssd_pascal.py and data_transformer.cpp.
 BRIGHTNESS_DELTA = 32  # of 255, added
@@ -103,6 +101,8 @@ MIN_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None leaves the image who
 CROP_SIDES = (0.3, 1.0)  # of the image's sides
 CROP_ASPECTS = (0.5, 2.0)  # height over width, both in pixels
 CROP_TRIALS = 50
+ZOOM_OUT_PROBABILITY = FLIP_PROBABILITY = 0.5
+DISTORTION_PROBABILITY = 0.5  # of each of the four changes of colours
 
 
 def transform(image, boxes, labels, difficulties, split, rng=None):
@@ -139,7 +139,7 @@ def transform(image, boxes, labels, difficulties, split, rng=None):
         rng = rng or np.random.default_rng(int(torch.randint(2**62, ())))
         window = zoom_out(window, rng)
         window, kept = crop_around_objects(window, boxes, rng)
-        flip = rng.random() < 0.5
+        flip = rng.random() < FLIP_PROBABILITY
         pixels, boxes = _sample_window(image, window, _clip(boxes[kept], window), flip, rng)
         kept = torch.from_numpy(kept)
         labels, difficulties = labels[kept], difficulties[kept]
@@ -152,8 +152,8 @@ def _clip(boxes, window):
 
 
 def zoom_out(window, rng):
-    """With probability 0.5, extend a window (4,), pixel xy, to a canvas of 1 to 4 times its sides around it."""
-    if rng.random() < 0.5:
+    """With ZOOM_OUT_PROBABILITY, extend a window (4,), pixel xy, to a canvas of 1 to 4 times its sides around it."""
+    if rng.random() < 1 - ZOOM_OUT_PROBABILITY:
         return window
     sides = window[2:] - window[:2]
     canvas = np.floor(rng.uniform(1, MAX_ZOOM_OUT) * sides).astype(int)
@@ -266,12 +266,12 @@ def _decode(image, low, high, reduction):
 
 
 def photometric_distort(pixels, rng):
-    """Change brightness, contrast, saturation and hue in place, each with probability 0.5, in random order.
+    """Change brightness, contrast, saturation and hue in place, each with DISTORTION_PROBABILITY, in random order.
 
     :param pixels: (3, height, width) float tensor, RGB of 0-255
     """
     for distortion in rng.permutation(4):
-        if rng.random() < 0.5:
+        if rng.random() < 1 - DISTORTION_PROBABILITY:
             continue
         if distortion == 0:
             pixels.add_(rng.uniform(-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA)).clamp_(0, 255)

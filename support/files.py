@@ -145,7 +145,7 @@ def make_folder(path):
         raise InputError(f"{path}: cannot create this folder ({error.strerror}); use another one") from error
 
 
-def check_targets(*files, folders=(), inputs=()):
+def check_outputs(*files, folders=(), inputs=()):
     """Check before any work that its results can be written, and that no file is written over another.
 
     :param files: paths of files to write, in folders that exist; None is skipped

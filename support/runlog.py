@@ -1,8 +1,8 @@
-"""The log of a training: JSON lines, TensorBoard, the times of an interval.
+"""The log of a training: JSON lines, TensorBoard, speed.
 
 log = RunLog("runs/voc", describe_run(vars(settings), classes, precision))
-interval = Interval()
-log.append({"event": "train", "iteration": 20, "loss": 7.5, **interval.figures(batch_size=32)})
+stopwatch = Stopwatch()
+log.append({"event": "train", "iteration": 20, "loss": 7.5, **stopwatch.figures(batch_size=32)})
 """
 
 import datetime
@@ -122,8 +122,8 @@ def mean_losses(losses, alpha):
     }  # fmt: skip
 
 
-class Interval:
-    """The times of the iterations since the last record of the log."""
+class Stopwatch:
+    """Measures the speed of the iterations since the last record of the log."""
 
     def __init__(self):
         self.waited, self.n_batches = 0.0, 0

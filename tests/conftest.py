@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -46,25 +47,44 @@ def _execute(script, arguments, cwd, env, outputs):
     runpy.run_path(script, run_name="__main__")
 
 
-@pytest.fixture
-def run(tmp_path_factory):
-    """Run a script of the repository as a user would; check its exit status, return its output.
+class Script:
+    """A script of the repository in a process of its own, with `arguments`, as a user starts it.
 
-    Each gets a process of its own, forked from one that has already imported PyTorch, which takes four seconds.
+    The process is forked from one that has already imported PyTorch, which takes some seconds.
     """
 
+    def __init__(self, script, *arguments, cwd=None, env=None):
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [os.path.join(self.folder.name, name) for name in ("stdout", "stderr")]
+        env = dict(os.environ if env is None else env)
+        command = (str(ROOT / script), [*map(str, arguments)], cwd or os.getcwd(), env, self.outputs)
+        self.process = FORKS.Process(target=_execute, args=command)
+        self.process.start()
+
+    def is_running(self):
+        """Tell whether the process has not ended."""
+        return self.process.is_alive()
+
+    def kill(self):
+        """Kill the process, as the operating system does."""
+        self.process.kill()
+        self.process.join()
+
+    def finish(self, status=0):
+        """Wait for the end, check the exit status, and return what was printed on standard output and error."""
+        self.process.join(LONGEST_WAIT)
+        self.kill()
+        stdout, stderr = (Path(path).read_text() for path in self.outputs)
+        assert self.process.exitcode == status, stdout + stderr
+        return stdout, stderr
+
+
+@pytest.fixture
+def run():
+    """Run a script of the repository as a user would; check its exit status, return its output or its error."""
+
     def run_script(script, *arguments, status=0, cwd=None, env=None):
-        outputs = [tmp_path_factory.mktemp("output") / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(
-            target=_execute, args=(str(ROOT / script), [*map(str, arguments)], cwd or os.getcwd(),
-                                   dict(os.environ if env is None else env), outputs),
-        )  # fmt: skip
-        process.start()
-        process.join(LONGEST_WAIT)
-        if process.is_alive():
-            process.kill()
-        stdout, stderr = (path.read_text() for path in outputs)
-        assert process.exitcode == status, stdout + stderr
+        stdout, stderr = Script(script, *arguments, cwd=cwd, env=env).finish(status)
         if status:
             message = stderr.strip().splitlines()[-1]
             assert message.startswith("error: ") or ": error: " in message, stderr

@@ -45,7 +45,7 @@ from support.devices import (
     rank,
     sum_over_processes,
 )
-from support.files import DivergenceError, InputError, check_targets, make_folder, read_json, run_command, write_json
+from support.files import DivergenceError, InputError, check_outputs, make_folder, read_json, run_command, write_json
 from support.results import coco_scores, image_names, image_sizes, import_pycocotools
 from support.runlog import describe_run
 from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
@@ -383,7 +383,7 @@ def main():
         if arguments.compare_losses:
             settings = settings_of("torchvision", arguments.seeds[0], "--iterations", str(arguments.compare_losses))
             path = os.path.join(folder, "losses.json")
-            check_targets(path)
+            check_outputs(path)
             rows = compare_losses(settings)
             print_losses(rows)
             write_json({path: rows})

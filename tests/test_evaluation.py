@@ -195,7 +195,7 @@ def test_a_resampled_map_is_that_of_the_images_drawn(random_objects):
         assert mean == pytest.approx(expected, abs=1e-12)
     nothing = {"cat": {"images": [], "right": [], "objects": [1] * 12}}
     assert (eval_script.bootstrap(nothing, n=3) == 0).all()
-    low, high = eval_script.interval(means[0])
+    low, high = eval_script.confidence_interval(means[0])
     assert low == pytest.approx(np.percentile(means[0], 2.5))
     assert high == pytest.approx(np.percentile(means[0], 97.5))
     assert low < high

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from support.files import InputError, atomic_writer, check_targets, run_command
+from support.files import InputError, atomic_writer, check_outputs, run_command
 
 
 def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
@@ -50,7 +50,7 @@ def test_files_to_write_must_be_writable_and_different_from_each_other_and_from_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old").write_text("")
     os.mkfifo(tmp_path / "pipe")
-    check_targets("old", None, "new", folders=[None, ".", "a/b/c"], inputs=["other"])
+    check_outputs("old", None, "new", folders=[None, ".", "a/b/c"], inputs=["other"])
     for files, inputs, message in (
         (["nowhere/x"], [], "nowhere/x: cannot write to .*/nowhere, which is not a writable folder"),
         (["."], [], r"\.: exists and is not a regular file"),
@@ -59,8 +59,8 @@ def test_files_to_write_must_be_writable_and_different_from_each_other_and_from_
         (["new"], ["../" + tmp_path.name + "/new"], "new: is also read, or written"),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
-            check_targets(*files, inputs=inputs)
+            check_outputs(*files, inputs=inputs)
     for path in ("old", "old/x"):
         with pytest.raises(InputError, match=f"^{path}: cannot write to .*/old, which is not a writable folder"):
-            check_targets(folders=[path])
+            check_outputs(folders=[path])
     assert sorted(os.listdir()) == ["old", "pipe"]

@@ -1,13 +1,12 @@
 """Every script is run as a user would; bad input ends in one line."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import LONGEST_WAIT
+from conftest import Script
 from PIL import Image
 
 import eval as eval_script
@@ -27,10 +26,9 @@ QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1,
 def trained(sample, tmp_path_factory):
     """Folder of a run of three iterations with checkpoints and validation, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, train.__file__, "--data-folder", sample, "--output-folder", folder, *QUICK]
-    command += ["--iterations", 3, "--checkpoint-every", 2, "--validate-every", 3, "--seed", 7]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, timeout=LONGEST_WAIT)
-    return folder, done.stdout + done.stderr
+    arguments = ("--data-folder", sample, "--output-folder", folder, *QUICK, "--iterations", 3)
+    script = Script("train.py", *arguments, "--checkpoint-every", 2, "--validate-every", 3, "--seed", 7)
+    return folder, "".join(script.finish())
 
 
 def records(folder):
@@ -65,7 +63,7 @@ def test_a_finished_run_is_not_overwritten_but_can_be_continued_or_exported(trai
     checkpoint = trained[0] / "checkpoint.pth"
     common = ("--data-folder", sample, "--output-folder", trained[0], *QUICK, "--seed", 7)
     assert "checkpoint.pth exists: continue from it" in run("train.py", *common, "--iterations", 2, status=2)
-    assert "has its 3 iterations" in run("train.py", "--resume", checkpoint, "--iterations", 3, status=2)
+    assert "has finished its 3 iterations" in run("train.py", "--resume", checkpoint, "--iterations", 3, status=2)
     arguments = ("--resume", checkpoint, "--output-folder", tmp_path / "run", "--weights-only", tmp_path / "small.pth")
     run("train.py", *arguments)
     whole, small = read_checkpoint(checkpoint), torch.load(tmp_path / "small.pth", weights_only=True)

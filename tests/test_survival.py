@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LONGEST_WAIT
+from conftest import LONGEST_WAIT, Script
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -30,18 +30,24 @@ TRAIN = str(Path(train.__file__))
 ROOT = Path(TRAIN).parent
 RECIPE = ("--no-pretrained", "--batch-size", 1, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
           "--iterations", 4, "--checkpoint-every", 1, "--deterministic")  # fmt: skip
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone")
 EXTRAS = ("--validate-every", 4, "--validate-map", "--tensorboard")
 
 
-def start(*arguments, launcher=(), **options):
-    command = [sys.executable, *launcher, TRAIN, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+def launch(*launcher_and_arguments, status=0, **options):
+    """Run Python with a launcher, TRAIN and its arguments; return all that is printed."""
+    command = [sys.executable, *map(str, launcher_and_arguments)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=LONGEST_WAIT,
+        **options,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout
+    return done.stdout
 
 
-def finish(process, status=0):
-    printed = process.communicate(timeout=LONGEST_WAIT)[0]
-    assert process.returncode == status, printed
-    return printed
+def run_train(*arguments, status=0, **options):
+    """Run train.py to its end; return all that it prints."""
+    return "".join(Script("train.py", *arguments, **options).finish(status))
 
 
 def losses_logged(folder):
@@ -66,17 +72,17 @@ def assert_same_runs(folder, other):
 def uninterrupted(sample, tmp_path_factory):
     """Folder of a run of four iterations that nothing happened to."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    finish(start("--data-folder", sample, "--output-folder", folder, *RECIPE, *EXTRAS))
+    run_train("--data-folder", sample, "--output-folder", folder, *RECIPE, *EXTRAS)
     return folder
 
 
-def wait_for(condition, process):
-    """Wait until a condition holds or a process has ended; tell whether it still runs."""
+def wait_for(condition, script):
+    """Wait until a condition holds or a script has ended; tell whether it still runs."""
     deadline = time.monotonic() + LONGEST_WAIT
-    while process.poll() is None and not condition():
+    while script.is_running() and not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return process.poll() is None
+    return script.is_running()
 
 
 def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sample, uninterrupted, tmp_path):
@@ -96,13 +102,12 @@ def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sampl
         if inode and read_checkpoint(checkpoint)["iteration"] == 4:  # readable at any time
             break
         arguments = ("--resume", checkpoint) if inode else ("--data-folder", sample, *RECIPE, *EXTRAS)
-        process = start(*arguments, "--output-folder", tmp_path)
-        if moment and wait_for(moment(inode), process):
-            process.kill()
-            process.communicate()
+        script = Script("train.py", *arguments, "--output-folder", tmp_path)
+        if moment and wait_for(moment(inode), script):
+            script.kill()
             kills += 1
         else:
-            finish(process)
+            script.finish()
     assert kills > 0
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "best.pth", "log.jsonl", "tensorboard"}
     assert_same_runs(tmp_path, uninterrupted)
@@ -133,13 +138,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, 
     """The signal goes to the processes that load images, too, as from terminals and schedulers."""
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS, "--checkpoint-every", 100)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SIGNAL": str(int(number))}
-    printed = finish(start(*arguments, launcher=("-c", SIGNALLED), env=environment, start_new_session=True))
+    printed = launch("-c", SIGNALLED, TRAIN, *arguments, env=environment, start_new_session=True)
     checkpoint = tmp_path / "checkpoint.pth"
     assert f"continue with: python train.py --resume {checkpoint}" in printed
     assert read_checkpoint(checkpoint)["iteration"] == 2
     assert "Traceback" not in printed
     if number == signal.SIGTERM:
-        finish(start("--resume", checkpoint))
+        run_train("--resume", checkpoint)
         assert_same_runs(tmp_path, uninterrupted)
 
 
@@ -242,11 +247,11 @@ run_command(train.main)
 def test_a_validation_that_is_interrupted_is_done_again_after_resuming(sample, uninterrupted, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    printed = finish(start(*arguments, launcher=("-c", INTERRUPTED_VALIDATION), env=environment))
+    printed = launch("-c", INTERRUPTED_VALIDATION, TRAIN, *arguments, env=environment)
     assert f"continue with: python train.py --resume {tmp_path / 'checkpoint.pth'}" in printed
     assert not (tmp_path / "best.pth").exists()
     assert losses_logged(tmp_path)[-1]["event"] == "train"
-    finish(start("--resume", tmp_path / "checkpoint.pth"))
+    run_train("--resume", tmp_path / "checkpoint.pth")
     assert losses_logged(tmp_path) == losses_logged(uninterrupted)
     best, expected = (read_checkpoint(folder / "best.pth") for folder in (tmp_path, uninterrupted))
     assert best["best_loss"] == expected["best_loss"] < float("inf")
@@ -261,7 +266,7 @@ def test_a_resumed_run_begins_with_the_validation_of_its_checkpoint(run, tmp_pat
     assert not train.validation_is_missing(run.settings, 4)
     run.progress["iteration"] = 4
     run.save()
-    with pytest.raises(InputError, match="has its 4 iterations; give more"):
+    with pytest.raises(InputError, match="has finished its 4 iterations"):
         resume(tmp_path, "--validate-every", 2)
     resume(tmp_path, "--validate-every", 2, "--iterations", 5)
 
@@ -385,24 +390,21 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_is_an_error_only_at_the_end(ru
 
 
 def test_a_gradient_that_is_not_finite_names_the_images_and_has_an_exit_status_of_its_own(run):
-    sampler = TrainingSampler(len(run.dataset), 2, seed=3, stop=5)
-    run.progress["iteration"] = 2
+    loader = train.training_loader(run.settings, run.dataset, 0, CPU)
 
     def check(losses, scaler=run.scaler):
-        train.stop_if_not_finite(losses, run.model, scaler, run.progress, run.dataset, sampler)
+        return train.stop_if_not_finite(losses, run.model, scaler, 2, loader)
 
-    check([torch.ones(3), torch.ones(3)])
-    assert run.progress["pending"] == [[1, 1, 1]] * 2
+    assert check([torch.ones(3), torch.ones(3)]) == [[1, 1, 1]] * 2
     infinite = [torch.ones(3), torch.tensor([1.0, 2.0, torch.inf])]
     with pytest.raises(DivergenceError) as caught:
         check(infinite)
     assert caught.value.status == 3
     assert str(caught.value).startswith("iteration 2: the loss or its gradient is not finite (confidence 1, local")
-    for _, index in sampler.batch(1):
+    for _, index in TrainingSampler(len(run.dataset), 2, seed=3, stop=5).batch(1):
         assert run.dataset.images[index] in str(caught.value)
-    run.progress["pending"] = []
-    check(infinite, torch.amp.GradScaler("cpu"))  # fp16: the scaler skips such an update
-    means = mean_losses(run.progress["pending"], alpha=1.0)
+    losses = check(infinite, torch.amp.GradScaler("cpu"))  # fp16: the scaler skips such an update
+    means = mean_losses(losses, alpha=1.0)
     assert means["skipped_updates"] == 1
     assert means["loss"] == 2
     with torch.no_grad():
@@ -462,13 +464,10 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
         objects[order[place][1]] = {"boxes": boxes, "labels": [1] * n, "difficulties": [0] * n}
     (data / "TRAIN_objects.json").write_text(json.dumps(objects))
     arguments = ("--data-folder", data, *RECIPE, "--batch-size", 3, "--iterations", 3, "--workers", 0)
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    printed = finish(
-        start(*arguments, "--output-folder", tmp_path / "two", launcher=map(str, launcher), env=environment)
-    )
+    printed = launch(*TORCHRUN, TRAIN, *arguments, "--output-folder", tmp_path / "two", env=environment)
     assert printed.count("trained: ") == 1
-    finish(start(*arguments, "--output-folder", tmp_path / "one"))
+    run_train(*arguments, "--output-folder", tmp_path / "one")
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
     start_weights = Started(parse(*arguments, "--output-folder", tmp_path)).model.state_dict()
     changes = []
@@ -522,13 +521,10 @@ def test_processes_validate_as_one(tmp_path):
     script = tmp_path / "validation.py"
     script.write_text(VALIDATION)
     results = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]):
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(tmp_path / "data")],
-            capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=LONGEST_WAIT,
-        )  # fmt: skip
-        results.append([json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for launcher in ((), TORCHRUN):
+        printed = launch(*launcher, script, tmp_path / "data", env=environment)
+        results.append([json.loads(line[7:]) for line in printed.splitlines() if line.startswith("RESULT ")])
     (one,), two = results
     assert one[0] == 5
     assert sorted(n_images for n_images, _ in two) == [2, 3]
@@ -546,17 +542,14 @@ def test_a_process_that_fails_ends_the_others(sample, tmp_path):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(broken)
     Path(broken).write_bytes(Path(broken).read_bytes()[:-30])
     (data / "TRAIN_images.json").write_text(json.dumps(images))
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     arguments = ("--data-folder", data, "--output-folder", tmp_path / "run", *RECIPE, "--batch-size", 2, "--workers", 0)
-    process = start(*arguments, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    printed = process.communicate(timeout=LONGEST_WAIT)[0]
-    assert process.returncode != 0
+    printed = launch(*TORCHRUN, TRAIN, *arguments, status=1, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert f"error: {broken}: cannot read this image" in printed
 
 
 def test_a_dry_run_tells_what_a_training_takes_and_leaves_nothing(sample, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *RECIPE, *EXTRAS, "--dry-run")
-    printed = finish(start(*arguments, cwd=tmp_path))
+    printed = run_train(*arguments, cwd=tmp_path)
     assert "4 iterations are 0.7 epochs" in printed
     assert "validation of a batch: loss " in printed
     assert "images/s" in printed
