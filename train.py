@@ -7,7 +7,6 @@ torchrun --nproc-per-node=8 train.py --data-folder data/voc --output-folder runs
 """
 
 import argparse
-import functools
 import glob
 import itertools
 import json
@@ -15,6 +14,7 @@ import math
 import os
 import shlex
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -317,7 +317,7 @@ def train(settings):
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     train_loader = training_loader(settings, dataset, progress["iteration"], device)
     test_loader = validation_loader(settings, device)
-    step = functools.partial(train_step, network, criterion, optimizer, scaler)
+    step = partial(train_step, network, criterion, optimizer, scaler)
     if settings.dry_run:
         dry_run(settings, step, train_loader, test_loader, model, criterion, precision)
         return model, False
@@ -325,10 +325,8 @@ def train(settings):
     # A checkpoint is saved before the validation of its iteration, so a resumed run begins with that.
     validate_now = test_loader is not None and validation_is_missing(settings, progress["iteration"])
     log = prepare_output(settings, dataset, model, precision, progress["iteration"], validate_now)
-    save = functools.partial(save_run, settings, model, optimizer, scaler, dataset.fingerprint(), progress)
-    validation = functools.partial(
-        validate_and_keep_best, test_loader, model, criterion, precision, log, save, progress
-    )
+    save = partial(save_run, settings, model, optimizer, scaler, dataset.fingerprint(), progress)
+    validation = partial(validate_and_keep_best, test_loader, model, criterion, precision, log, save, progress)
     todo = {"total": settings.iterations, "initial": progress["iteration"], "disable": rank() > 0 or None}
     with tqdm(**todo, desc="training", unit="it") as bar, Interruption() as interruption:
         if validate_now:
@@ -544,9 +542,8 @@ def prepare_output(settings, dataset, model, precision, iteration, validates_fir
             for path in glob.glob(half_written):  # of an earlier run that was killed
                 os.remove(path)
     description = describe_run(vars(settings), list(model.label_map), precision)
-    log = RunLog(
-        settings.output_folder, description, keep if settings.resume else None, settings.tensorboard, iteration
-    )  # fmt: skip
+    keep_records = keep if settings.resume else None
+    log = RunLog(settings.output_folder, description, keep_records, settings.tensorboard, iteration)
     if rank() == 0:
         print(json.dumps(description, indent=2))
         print(f"{len(dataset)} images, {count_epochs(settings, dataset):.1f} epochs", flush=True)
@@ -628,9 +625,8 @@ def say_what_is_next(settings, complete):
         print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
         return
     if settings.sample and not torch.cuda.is_available():
-        print(
-            f"{settings.iterations} iterations only show that the loss falls; on a GPU, --sample makes {SAMPLE_ON_GPU['iterations']}"
-        )
+        n = SAMPLE_ON_GPU["iterations"]
+        print(f"{settings.iterations} iterations only show that the loss falls; on a GPU, --sample makes {n}")
     print(f"trained: {checkpoint}; next:")
     print(shlex.join(["python", "eval.py", "--data-folder", settings.data_folder, "--checkpoint", checkpoint]))
     image = PascalVOCDataset(settings.data_folder, "TEST").images[0]

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 import train
-from datasets import PascalVOCDataset, TrainingSampler, collate_fn
+from datasets import PascalVOCDataset, TrainingSampler
 from eval import evaluate, evaluation_loader
 from support import runlog
 from support.checkpoints import read_checkpoint
@@ -435,22 +435,6 @@ def test_a_checkpoint_of_the_earlier_version_is_resumed(run, tmp_path):
     run.save()
     progress = resume(tmp_path).progress
     assert progress == {"iteration": 2, "best_loss": 1.5, "best_map": -1.0, "pending": [[1.0, 2.0, 3.0]]}
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_batches_do_not_depend_on_the_workers(sample, workers):
-    def batches(n_workers):
-        dataset = PascalVOCDataset(sample, "TRAIN", seed=5)
-        sampler = TrainingSampler(len(dataset), 4, seed=5, stop=5)
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=n_workers
-        )
-        return list(loader)
-
-    for ours, theirs in zip(batches(0), batches(workers), strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        for part, other in zip(ours[1:], theirs[1:], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))
 
 
 def test_two_processes_make_the_updates_of_one(sample, tmp_path):
