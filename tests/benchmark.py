@@ -1,9 +1,9 @@
-"""Time the fast functions against the loop versions of reference.py, and training on a GPU against its limits.
+"""Time the fast functions against the loop versions of reference.py, and training on a GPU against its bounds.
 
 python tests/benchmark.py
 python tests/benchmark.py --data-folder data/voc --device cuda --compile
 
-Every ratio is of figures measured in turn, in this run, on this machine: other machines give others.
+The figures of a ratio are measured in turn, in the same run on the same machine. Ratios differ between machines.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from support.files import run_command
 from support.sample import make_sample
 from utils import IMAGENET_MEAN, IMAGENET_STD, calculate_mAP
 
-GFLOP_PER_IMAGE = 188.2  # of a training step with 21 classes: 31.37 G multiply-adds forward, times 2, times 3
+GFLOP_PER_IMAGE = 188.2  # of a training step, 21 classes: 31.37 G multiply-adds forward, x 2 operations, x 3 passes
 STEP_BATCHES = (32, 128)
 
 
 def seconds(*functions, rounds=7):
-    """Return the median time of each function, run in turn, after one round to warm up."""
+    """Return the median time of each function; they run in turn, after one warm-up round."""
     times = [[] for _ in functions]
     for number in range(rounds + 1):
         for function, taken in zip(functions, times, strict=True):
@@ -57,7 +57,7 @@ def print_row(part, theirs, ours, ratio):
 
 
 def random_batch(n_images, device="cpu"):
-    """Return predictions that require gradients, and 1 to 7 objects an image: locs, scores, boxes, labels."""
+    """Return locs and scores that require gradients, and boxes and labels of 1 to 7 objects per image."""
     generator = torch.Generator().manual_seed(0)
     shapes = (n_images, 8732, 4), (n_images, 8732, 21)
     predictions = [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
@@ -70,36 +70,36 @@ def random_batch(n_images, device="cpu"):
 
 
 def time_loading(data_folder):
-    """Loading and transforming one image after the other in one thread, against bare decoding."""
+    """Time loading and transforming images one by one in a single thread, against bare decoding."""
     training = PascalVOCDataset(data_folder, "TRAIN", keep_difficult=True)
     testing = PascalVOCDataset(data_folder, "TRAIN", keep_difficult=True, augment=False)
-    places = range(min(128, len(training)))
+    indices = range(min(128, len(training)))
 
     def decode():
-        for place in places:
-            with Image.open(training.images[place]) as image:
+        for index in indices:
+            with Image.open(training.images[index]) as image:
                 image.convert("RGB")
 
     def step_by_step():
         rng = random.Random(0)
-        for place in places[:16]:
-            with Image.open(training.images[place]) as image:
+        for index in indices[:16]:
+            with Image.open(training.images[index]) as image:
                 pixels = np.asarray(image.convert("RGB"))
-            pixels = reference.augment(pixels, training.objects[place]["boxes"], rng)[0]
+            pixels = reference.augment(pixels, training.objects[index]["boxes"], rng)[0]
             image = Image.fromarray(np.ascontiguousarray(pixels)).resize((300, 300), Image.Resampling.BILINEAR)
             torch.from_numpy((np.asarray(image) / 255 - IMAGENET_MEAN) / IMAGENET_STD).float().permute(2, 0, 1)
 
     def load(dataset):
-        for place in places:
-            dataset[0, place]
+        for index in indices:
+            dataset[0, index]
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     decoding, train_time, test_time = seconds(decode, lambda: load(training), lambda: load(testing))
     (looping,) = seconds(step_by_step, rounds=1)
     torch.set_num_threads(threads)
-    decode_rate, train_rate, test_rate = (len(places) / taken for taken in (decoding, train_time, test_time))
-    loop_rate = len(places[:16]) / looping
+    decode_rate, train_rate, test_rate = (len(indices) / taken for taken in (decoding, train_time, test_time))
+    loop_rate = len(indices[:16]) / looping
     print_row("bare decoding, one thread", "", f"{decode_rate:.0f} images/s", "")
     for name, rate, theirs in (("TRAIN", train_rate, f"{loop_rate:.1f} images/s"), ("TEST", test_rate, "")):
         faster = f", {rate / loop_rate:.0f} x loop" if theirs else ""
@@ -109,7 +109,7 @@ def time_loading(data_folder):
 
 
 def time_loss():
-    """The loss, forward and backward, at batch 32."""
+    """Time the loss, forward and backward, at batch size 32."""
     locs, scores, boxes, labels = random_batch(32)
     priors = SSD300(21, pretrained=False).priors_cxcy
     criterion = MultiBoxLoss(priors)
@@ -129,7 +129,7 @@ def time_loss():
 
 @torch.inference_mode()
 def time_detection():
-    """Post-processing of one image, 70% of all candidates above the threshold, against the network's forward pass."""
+    """Time post-processing of an image with 70% of all candidates above the threshold, against the forward pass."""
     torch.manual_seed(0)
     model = SSD300(21, pretrained=False).eval().to(memory_format=torch.channels_last)
     image, locs, scores = torch.randn(1, 3, 300, 300), torch.randn(1, 8732, 4), torch.randn(1, 8732, 21) * 1.4
@@ -138,8 +138,8 @@ def time_detection():
     started = time.perf_counter()
     boxes, labels, _ = reference.detect_objects(model.priors_cxcy, locs[0], scores[0], *limits)
     theirs = time.perf_counter() - started
-    found = model.detect_objects(locs, scores, *limits)
-    same = found[1][0].tolist() == labels and torch.allclose(found[0][0], boxes, atol=1e-6)
+    detections = model.detect_objects(locs, scores, *limits)
+    same = detections[1][0].tolist() == labels and torch.allclose(detections[0][0], boxes, atol=1e-6)
     forward, ours = seconds(lambda: model(image), lambda: model.detect_objects(locs, scores, *limits))
     part = f"detect_objects, {share:.0%} of candidates above 0.01"
     ratio = f"{ours / forward:.1%} of a forward pass"
@@ -147,9 +147,9 @@ def time_detection():
 
 
 def time_map():
-    """mAP of 4,952 images with 200 detections each, on one thread."""
+    """Time the mAP of 4,952 images with 200 detections each, in a single thread."""
     generator = torch.Generator().manual_seed(0)
-    detections, truth = ([], [], []), ([], [], [])
+    detections, ground_truth = ([], [], []), ([], [], [])
     for _ in range(4952):
         n = int(torch.randint(1, 6, (), generator=generator))
         low = torch.rand(n, 2, generator=generator) * 0.6
@@ -157,29 +157,29 @@ def time_map():
         labels = torch.randint(1, 21, (n,), generator=generator)
         near = torch.randint(n, (200,), generator=generator)
         guess = torch.where(torch.rand(200, generator=generator) < 0.3, labels[near], near * 0 + 1 + near % 20)
-        new = (
+        parts = (
             (boxes[near] + 0.05 * torch.randn(200, 4, generator=generator), boxes),
             (guess, labels),
             (torch.rand(200, generator=generator), torch.rand(n, generator=generator) < 0.1),
         )
-        for collected, true, (found, real) in zip(detections, truth, new, strict=True):
-            collected.append(found)
-            true.append(real)
+        for all_detected, all_true, (detected, true) in zip(detections, ground_truth, parts, strict=True):
+            all_detected.append(detected)
+            all_true.append(true)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    (ours,) = seconds(lambda: calculate_mAP(*detections, *truth), rounds=3)
+    (ours,) = seconds(lambda: calculate_mAP(*detections, *ground_truth), rounds=3)
     started = time.perf_counter()
-    expected = reference.average_precisions(*detections, *truth, n_classes=21)
+    expected = reference.average_precisions(*detections, *ground_truth, n_classes=21)
     theirs = time.perf_counter() - started
     torch.set_num_threads(threads)
-    same = np.allclose(list(calculate_mAP(*detections, *truth)[0].values()), expected, equal_nan=True)
+    same = np.allclose(list(calculate_mAP(*detections, *ground_truth)[0].values()), expected, equal_nan=True)
     ratio = f"{ours / theirs:.3f}" if same else "PRECISIONS DIFFER"
     print_row("calculate_mAP, 4,952 x 200, one thread", f"{theirs:.1f} s", f"{ours:.2f} s", ratio)
 
 
 @torch.inference_mode()
 def time_forward():
-    """The network alone at batch 8, against torchvision's backbone and head."""
+    """Time the network alone at batch size 8, against torchvision's backbone and head."""
     images = torch.randn(8, 3, 300, 300)
     model = SSD300(21, pretrained=False).eval().to(memory_format=torch.channels_last)
     other = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21).eval()
@@ -191,7 +191,7 @@ def time_forward():
 
 
 def gpu_seconds(function, repeats=20):
-    """Return the GPU's time of a call, after three to warm up."""
+    """Return the GPU time of one call, after three warm-up calls."""
     for _ in range(3):
         function()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -205,7 +205,7 @@ def gpu_seconds(function, repeats=20):
 
 
 def time_steps(device, with_compilation):
-    """Training steps on data already there, against the GPU's own bf16 matrix rate; return images/s at batch 32."""
+    """Time training steps on data in GPU memory, against the bf16 matrix rate; return the best images/s at batch 32."""
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     matrix_rate = 2 * 8192**3 / gpu_seconds(lambda: matrix @ matrix)
     print_row("bf16 matrix product, 8192 x 8192", "", f"{matrix_rate / 1e12:.0f} TFLOP/s", "")
@@ -242,7 +242,7 @@ def time_steps(device, with_compilation):
             rates[n_images, name] = n_images / step
             share = GFLOP_PER_IMAGE * 1e9 * n_images / step / matrix_rate
             ratio = f"{share:.2f} of matrix rate, {rates[n_images, name] / rates[n_images, 'fp32']:.1f} x fp32"
-            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
+            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak memory"
             print_row(f"step, batch {n_images}, {name}", memory, f"{n_images / step:.0f} images/s", ratio)
             if precision == "bf16" and not compiled:
                 loss = gpu_seconds(lambda c=criterion, b=(locs, scores, boxes, labels): c(*b).backward())
@@ -254,7 +254,7 @@ def time_steps(device, with_compilation):
 
 
 def time_training(data_folder, step_rate, decode_rate, with_compilation):
-    """Training from files by train.py's own loop, against the step alone and against decoding on all cores."""
+    """Time train.py's own loop on image files, against the step alone and against decoding on all cores."""
     with tempfile.TemporaryDirectory() as folder:
         settings = ["--data-folder", str(data_folder), "--output-folder", folder, "--no-pretrained"]
         settings += ["--iterations", "400", "--log-every", "100", "--warmup", "400", *["--compile"] * with_compilation]
@@ -267,12 +267,12 @@ def time_training(data_folder, step_rate, decode_rate, with_compilation):
 
 
 def time_evaluation(data_folder, device):
-    """eval.py's own loop: what is not waiting for images."""
+    """Time eval.py's own loop, and the share of it that is not spent waiting for images."""
     dataset = PascalVOCDataset(data_folder, "TEST", keep_difficult=True)
     model = SSD300(len(dataset.label_map), pretrained=False).to(device, memory_format=torch.channels_last)
     model.label_map = dataset.label_map
-    many = torch.utils.data.ConcatDataset([dataset] * max(1, 4000 // len(dataset)))
-    loader = eval_script.evaluation_loader(many, 32, count_cores(), device)
+    repeated = torch.utils.data.ConcatDataset([dataset] * max(1, 4000 // len(dataset)))
+    loader = eval_script.evaluation_loader(repeated, 32, count_cores(), device)
     for precision in ("fp32", "bf16"):
         choose_precision(precision, device)
         started = time.perf_counter()
@@ -286,14 +286,14 @@ def time_evaluation(data_folder, device):
 def main():
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-folder", help="lists of photographs [synthetic pictures, made in a temporary folder]")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda adds training on the GPU")
-    parser.add_argument("--compile", action="store_true", help="time the compiled network, too")
+    parser.add_argument("--data-folder", help="folder with the lists of a data set [temporary synthetic images]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda adds training and evaluation")
+    parser.add_argument("--compile", action="store_true", help="also time the compiled network")
     settings = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}")  # fmt: skip
     if settings.device == "cuda":
-        make_deterministic()  # from the start or never
+        make_deterministic()  # must precede the first CUDA call
         torch.use_deterministic_algorithms(False)
         print(torch.cuda.get_device_name())
     print_row("part", "loop version or bound", "ours", "ratio")

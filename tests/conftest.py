@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ from model import SSD300
 from support.sample import make_sample
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_WAIT = 1200  # seconds until a process counts as stuck: a hundred times what the longest takes when idle
+LONGEST_WAIT = 1200  # seconds before a process counts as stuck: 100 times the longest run on an idle machine
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "eval", "detect", "create_data_lists"])
 
@@ -29,15 +29,15 @@ def model():
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """Folder of a tiny sample set: 6 training and 3 test images."""
+    """Folder of a tiny sample data set: 6 training and 3 test images."""
     folder = tmp_path_factory.mktemp("sample")
     make_sample(folder, n_train=6, n_test=3, seed=1)
     return folder
 
 
 def _execute(script, arguments, cwd, env, outputs):
-    """Run a script in this process, from its command line on."""
-    multiprocessing.set_start_method("fork", force=True)  # the default of a process that a user starts
+    """Run a script in this process as `__main__`, with its arguments, environment and output files."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     for stream, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(cwd)
@@ -48,9 +48,9 @@ def _execute(script, arguments, cwd, env, outputs):
 
 
 class Script:
-    """A script of the repository in a process of its own, with `arguments`, as a user starts it.
+    """A script of the repository that runs in its own process with `arguments`, as a user starts it.
 
-    The process is forked from one that has already imported PyTorch, which takes some seconds.
+    The process is forked from one that has already imported PyTorch, which saves some seconds.
     """
 
     def __init__(self, script, *arguments, cwd=None, env=None):
@@ -62,16 +62,16 @@ class Script:
         self.process.start()
 
     def is_running(self):
-        """Tell whether the process has not ended."""
+        """Tell whether the process is still running."""
         return self.process.is_alive()
 
     def kill(self):
-        """Kill the process, as the operating system does."""
+        """Kill the process with SIGKILL, which it cannot handle."""
         self.process.kill()
         self.process.join()
 
     def finish(self, status=0):
-        """Wait for the end, check the exit status, and return what was printed on standard output and error."""
+        """Wait for the process to end, check its exit status, and return its standard output and standard error."""
         self.process.join(LONGEST_WAIT)
         self.kill()
         stdout, stderr = (Path(path).read_text() for path in self.outputs)
@@ -81,7 +81,7 @@ class Script:
 
 @pytest.fixture
 def run():
-    """Run a script of the repository as a user would; check its exit status, return its output or its error."""
+    """Return a function that runs a script as a user would, checks its exit status and returns its output or error."""
 
     def run_script(script, *arguments, status=0, cwd=None, env=None):
         stdout, stderr = Script(script, *arguments, cwd=cwd, env=env).finish(status)
@@ -97,7 +97,7 @@ def run():
 
 @pytest.fixture
 def random_objects():
-    """Make (boxes (n, 4), fractional xy, labels (n,)) from a numpy RandomState."""
+    """Return a function that draws n boxes (n, 4), in fractional xy, and labels (n,) from a numpy RandomState."""
 
     def make(rng, n, n_classes=21):
         low = rng.uniform(0, 0.6, (n, 2))

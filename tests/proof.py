@@ -1,12 +1,12 @@
-"""Train SSD300 and torchvision's ssd300_vgg16 from scratch on the same images: what they learn, what it takes.
+"""Train SSD300 and torchvision's ssd300_vgg16 from scratch on the same images, and compare them.
 
 python tests/proof.py mine --zero-based --output-folder runs/proof
 python tests/proof.py mine --zero-based --output-folder runs/proof --systems ours-fp32 ours-compiled
 python tests/proof.py mine --zero-based --output-folder runs/proof --compare-losses 200
 torchrun --nproc-per-node=4 tests/proof.py mine --zero-based --output-folder runs/proof --systems ours
 
---iterations 8 --batch-size 2 --test-images 8 tries everything out. A training that is in the output folder already is
-not done again, so an interrupted proof goes on with the same command.
+For a quick trial, add --iterations 8 --batch-size 2 --test-images 8. Trainings whose results are already in the output
+folder are skipped, so the same command continues an interrupted proof.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from support.results import coco_scores, image_names, image_sizes, import_pycoco
 from support.runlog import describe_run
 from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 
-# From scratch, for some minutes of a large GPU.
+# Training from scratch; it takes some minutes on a large GPU.
 RECIPE = (
     "--no-pretrained --batch-size 32 --iterations 6000 --lr 0.001 --warmup 500 --decay-at 4500 5500 --grad-clip 5 "
     "--checkpoint-every 1000000"
@@ -59,10 +59,10 @@ SYSTEMS = {
     "ours": "--precision auto",
     "ours-fp32": "--precision fp32",
     "ours-compiled": "--precision auto --compile",
-    "torchvision": "--precision fp32",  # as it is, with convolutions in TF32, PyTorch's default on a GPU
+    "torchvision": "--precision fp32",  # with convolutions in TF32, PyTorch's default on a GPU
     "torchvision-bf16": "--precision bf16",
 }
-FIGURES = {  # in the files: (heading, factor and digits to print)
+FIGURES = {  # name in the JSON files: (heading, factor and number of digits in the table)
     "mAP_11_point": ("mAP, 11-point", 1, 4),
     "mAP_area": ("mAP, area", 1, 4),
     "coco_AP": ("COCO AP", 1, 4),
@@ -70,52 +70,52 @@ FIGURES = {  # in the files: (heading, factor and digits to print)
     "images_per_second": ("images/s", 1, 1),
     "peak_memory": ("peak memory, GiB", 2**-30, 2),
 }
-# Settings of train.py that may be given; and those that may differ between trainings that are compared.
+# Options that are passed on to train.py, and settings in which compared trainings may differ.
 PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum", "--weight-decay", "--warmup",
              "--grad-clip", "--no-augmentation", "--workers")  # fmt: skip
 OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile")
-TORCHVISION_MEAN, TORCHVISION_STD = (0.48235, 0.45882, 0.40784), 1 / 255  # of its input, RGB in 0-1
+TORCHVISION_MEAN, TORCHVISION_STD = (0.48235, 0.45882, 0.40784), 1 / 255  # of its input normalisation, RGB in 0-1
 
 
 def parse_arguments(arguments=None):
-    """Return the command line's settings, and those for train.py."""
+    """Return the settings of this script and the arguments for train.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog=f"Of train.py's settings it takes {', '.join(PASSED_ON)}.",
+        epilog=f"Options that are passed on to train.py: {', '.join(PASSED_ON)}.",
     )  # fmt: skip
     add = parser.add_argument
-    add("root", help="folder in VOC's layout with splits trainval and test")
-    add("--output-folder", required=True, help="gets the lists, a folder and a JSON file for each training, proof.json")
-    add("--zero-based", action="store_true", help="the annotations' pixels count from 0")
-    add("--systems", nargs="+", choices=SYSTEMS, default=["ours", "torchvision"], help="[ours torchvision]")
-    add("--seeds", nargs="+", type=int, default=[0, 1], help="[0 1]")
-    add("--test-images", type=int, metavar="N", help="evaluate on the first N only")
+    add("root", help="folder in VOC's layout with the splits trainval and test")
+    add("--output-folder", required=True, help="for the lists, a folder and a JSON file per training, and proof.json")
+    add("--zero-based", action="store_true", help="the annotations count pixels from 0")
+    add("--systems", nargs="+", choices=SYSTEMS, default=["ours", "torchvision"], help="systems [ours torchvision]")
+    add("--seeds", nargs="+", type=int, default=[0, 1], help="train each system once per seed [0 1]")
+    add("--test-images", type=int, metavar="N", help="evaluate on the first N test images only")
     add("--compare-losses", type=int, metavar="N",
-        help="instead, train both side by side for N iterations in fp32 from the same weights")  # fmt: skip
+        help="instead, train both networks side by side in fp32 for N iterations, from the same weights")  # fmt: skip
     settings, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.startswith("--") and word.partition("=")[0] not in PASSED_ON:
-            parser.error(f"{word}: not of those that are passed on to train.py, {', '.join(PASSED_ON)}")
+            parser.error(f"{word}: only {', '.join(PASSED_ON)} are passed on to train.py")
     if settings.compare_losses is not None and settings.compare_losses < 1:
         parser.error("--compare-losses: must be 1 or more")
     return settings, rest
 
 
 def make_torchvision(label_map):
-    """Return torchvision's network, as it is, for these classes and for ImageNet-normalised images."""
-    mean, std, own_mean = (
+    """Return torchvision's unmodified network for these classes and for ImageNet-normalised images."""
+    mean, std, their_mean = (
         torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD, TORCHVISION_MEAN)
     )
     model = ssd300_vgg16(
         weights=None, weights_backbone=None, num_classes=len(label_map),
-        image_mean=((own_mean - mean) / std).tolist(), image_std=(TORCHVISION_STD / std).tolist(),
+        image_mean=((their_mean - mean) / std).tolist(), image_std=(TORCHVISION_STD / std).tolist(),
     )  # fmt: skip
     model.label_map = label_map
     return model
 
 
 def step_torchvision(model, optimizer, batch, rate, settings):
-    """Update torchvision's network once, by the loss that it computes itself; return that."""
+    """Update torchvision's network once, with its own loss; return the loss."""
     images, boxes, labels, _ = batch
     targets = [
         {"boxes": (IMAGE_SIZE * image_boxes).to(images.device), "labels": image_labels.to(images.device)}
@@ -134,13 +134,13 @@ def step_torchvision(model, optimizer, batch, rate, settings):
 
 
 def batches_of(settings, dataset, device):
-    """Return the batches that train.py trains on with these settings."""
+    """Return the batches on which train.py trains with these settings."""
     loader = train.training_loader(settings, dataset, 0, device)
     return batches_on(device, tqdm(loader, "training", unit="it", disable=None))
 
 
 def train_torchvision(settings):
-    """Train torchvision's network on the batches of train.py, by its optimizer and schedule; return it."""
+    """Train torchvision's network on train.py's batches, with its optimizer and schedule; return the network."""
     device = find_device()
     choose_precision(settings.precision, device)
     torch.backends.cudnn.allow_tf32 = True
@@ -150,23 +150,23 @@ def train_torchvision(settings):
     optimizer = train.make_optimizer(model, settings)
     for iteration, batch in enumerate(batches_of(settings, dataset, device)):
         loss = step_torchvision(model, optimizer, batch, train.learning_rate(iteration, settings), settings)
-        look = iteration % settings.log_every == 0 or iteration + 1 == settings.iterations
-        if look and not loss.isfinite():
+        check_loss = iteration % settings.log_every == 0 or iteration + 1 == settings.iterations
+        if check_loss and not loss.isfinite():
             raise DivergenceError(f"torchvision's loss at iteration {iteration + 1} is not finite")
     return model
 
 
 def train_ours(settings):
-    """Train as train.py does; return the network."""
+    """Train our network with train.py; return the network."""
     model, complete = train.train(settings)
     if not complete:
-        raise InputError("interrupted; the same command starts this training again")
+        raise InputError("interrupted; the same command restarts this training")
     return model
 
 
 @torch.inference_mode()
 def detect_by_torchvision(loader, model):
-    """Return detections of torchvision's network by its own post-processing, and the ground truth, as `detect_all`."""
+    """Return torchvision's detections, after its own post-processing, and the ground truth, as `detect_all` does."""
     model.eval()
     detections, ground_truth = ([[], [], []] for _ in range(2))
     for images, *objects in batches_on(find_device(), tqdm(loader, "evaluating", unit="batch", disable=None)):
@@ -179,12 +179,12 @@ def detect_by_torchvision(loader, model):
 
 
 def detect_by_ours(loader, model):
-    """Return the detections of our network, and the ground truth."""
+    """Return our network's detections and the ground truth."""
     return detect_all(loader, model)[:2]
 
 
 def evaluate(model, detect, settings, n_images):
-    """Return a trained network's mAPs on the first so many test images, in fp32; on all if None."""
+    """Return a trained network's mAPs in fp32 on the first `n_images` test images, or on all if None."""
     dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
     paths = dataset.images[:n_images]
     loader = evaluation_loader(Subset(dataset, range(len(paths))), 32, settings.workers, find_device())
@@ -199,19 +199,19 @@ def evaluate(model, detect, settings, n_images):
 
 
 def prove(system, settings, common):
-    """Train a system and evaluate it; return what came of it, plain values by name; None in all processes but one.
+    """Train and evaluate a system; return the results as plain values by name, or None on all ranks but 0.
 
-    :param common: what `conditions` returns
+    :param common: the result of `conditions`
     """
-    gc.collect()  # what an earlier training left
+    gc.collect()  # free the memory of an earlier training
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    train_it, detect = (train_ours, detect_by_ours)
+    train_system, detect = (train_ours, detect_by_ours)
     if system.startswith("torchvision"):
-        train_it, detect = (train_torchvision, detect_by_torchvision)
+        train_system, detect = (train_torchvision, detect_by_torchvision)
     started = time.perf_counter()
-    model = train_it(settings)
+    model = train_system(settings)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elapsed = time.perf_counter() - started
@@ -227,7 +227,7 @@ def prove(system, settings, common):
 
 
 def conditions(settings, arguments):
-    """Return what trainings must have in common to be compared."""
+    """Return the conditions that compared trainings must share."""
     common = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
     return {
         **common, "data": train.training_set(settings).fingerprint(), "test_images": arguments.test_images,
@@ -236,9 +236,9 @@ def conditions(settings, arguments):
 
 
 def read_runs(folder, expected):
-    """Return what `prove` returned of the trainings in a folder, by the name of their files.
+    """Return the results of the trainings in a folder, as `prove` returns them, by the paths of their files.
 
-    :raises InputError: naming the file, where one took place in other conditions
+    :raises InputError: if the conditions of a training differ from the expected ones; names the file
     """
     runs = {}
     for name in sorted(os.listdir(folder)):
@@ -253,10 +253,10 @@ def read_runs(folder, expected):
 
 
 def compare_losses(settings):
-    """Train both side by side in fp32, from torchvision's initial weights, on the same batches.
+    """Train both networks side by side in fp32, from torchvision's initial weights, on the same batches.
 
-    :return: a dict per iteration: torchvision's loss; ours on torchvision's predictions, its objects' priors given;
-        the number of images whose objects we match with other priors; the loss of our own network
+    :return: a dict per iteration: torchvision's loss; our loss on torchvision's predictions and matches; the number of
+        images in which our matches differ from torchvision's; the loss of our own network
     """
     device = find_device()
     choose_precision("fp32", device)
@@ -269,35 +269,37 @@ def compare_losses(settings):
     criterion, same_matches = (MultiBoxLoss(ours.priors_cxcy) for _ in range(2))
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     our_optimizer, optimizer = (train.make_optimizer(model, settings) for model in (ours, theirs))
-    noted, compute_loss = {}, theirs.compute_loss
+    recorded, compute_loss = {}, theirs.compute_loss
 
-    def note_and_compute_loss(targets, outputs, anchors, matches):
-        noted.update(targets=targets, outputs=outputs, matches=matches)
+    def record_and_compute_loss(targets, outputs, anchors, matches):
+        recorded.update(targets=targets, outputs=outputs, matches=matches)
         return compute_loss(targets, outputs, anchors, matches)
 
-    theirs.compute_loss = note_and_compute_loss
+    theirs.compute_loss = record_and_compute_loss
     rows = []
     for iteration, batch in enumerate(batches_of(settings, dataset, device)):
         rate = train.learning_rate(iteration, settings)
         their_loss = step_torchvision(theirs, optimizer, batch, rate, settings).item()
-        matches = noted_matches(noted)
+        matches = recorded_matches(recorded)
         with torch.no_grad():
             same_matches.match = lambda *_, matches=matches: matches
-            outputs = noted["outputs"]
-            same = same_matches(outputs["bbox_regression"], outputs["cls_logits"], *batch[1:3]).item()
-            n_other = (criterion.match(*batch[1:3])[1] != matches[1]).any(dim=1).sum().item()
+            outputs = recorded["outputs"]
+            given_loss = same_matches(outputs["bbox_regression"], outputs["cls_logits"], *batch[1:3]).item()
+            n_differing = (criterion.match(*batch[1:3])[1] != matches[1]).any(dim=1).sum().item()
         losses = train.train_step(ours, criterion, our_optimizer, scaler, batch, rate, "fp32", settings.grad_clip)
         our_loss = losses[:2].sum().item()
-        rows.append({"torchvision": their_loss, "same_matches": same, "matched_otherwise": n_other, "ours": our_loss})
+        rows.append(
+            {"torchvision": their_loss, "same_matches": given_loss, "matched_otherwise": n_differing, "ours": our_loss}
+        )
         if not math.isfinite(their_loss + our_loss):
             raise DivergenceError(f"a loss at iteration {iteration + 1} is not finite: {rows[-1]}")
     return rows
 
 
-def noted_matches(noted):
+def recorded_matches(recorded):
     """Return torchvision's matches as `MultiBoxLoss.match` does: boxes (N, 8732, 4), labels (N, 8732)."""
     boxes, labels = [], []
-    for target, matched in zip(noted["targets"], noted["matches"], strict=True):
+    for target, matched in zip(recorded["targets"], recorded["matches"], strict=True):
         if len(target["labels"]):
             boxes.append(target["boxes"][matched.clamp(min=0)] / IMAGE_SIZE)
             labels.append(torch.where(matched >= 0, target["labels"][matched.clamp(min=0)], 0))
@@ -308,24 +310,24 @@ def noted_matches(noted):
 
 
 def print_losses(rows):
-    """Print some iterations of `compare_losses`, and the largest relative differences up to each."""
-    print(f"\n{'':9} {'':12} {'ours, given its matches':>28} {'images matched':>16} {'ours':>28}")
-    columns = f"{'loss':>12} {'off by at most':>15}"
-    print(f"{'iteration':>9} {'torchvision':>12} {columns} {'otherwise, all':>16} {columns}")
-    worst, n_other, differences = {"same_matches": 0.0, "ours": 0.0}, 0, []
+    """Print some iterations of `compare_losses`, with the largest relative difference so far."""
+    print(f"\n{'':9} {'':12} {'ours, on its matches':>28} {'images matched':>16} {'ours':>28}")
+    columns = f"{'loss':>12} {'max. difference':>15}"
+    print(f"{'iteration':>9} {'torchvision':>12} {columns} {'differently, sum':>16} {columns}")
+    largest, n_differing, differences = {"same_matches": 0.0, "ours": 0.0}, 0, []
     for number, row in enumerate(rows, start=1):
-        off = {name: abs(row[name] - row["torchvision"]) / (row["torchvision"] or 1) for name in worst}
-        worst = {name: max(most, off[name]) for name, most in worst.items()}
-        differences.append(off["ours"])
-        n_other += row["matched_otherwise"]
+        relative = {name: abs(row[name] - row["torchvision"]) / (row["torchvision"] or 1) for name in largest}
+        largest = {name: max(before, relative[name]) for name, before in largest.items()}
+        differences.append(relative["ours"])
+        n_differing += row["matched_otherwise"]
         if number in (1, 2, 5, 10, 20, 50) or number % 100 == 0 or number == len(rows):
-            given, own = (f"{row[name]:12.6f} {most:15.1e}" for name, most in worst.items())
-            print(f"{number:9} {row['torchvision']:12.6f} {given} {n_other:16} {own}")
-    print(f"median of all {len(rows)} differences of ours: {statistics.median(differences):.1e}")
+            given, own = (f"{row[name]:12.6f} {difference:15.1e}" for name, difference in largest.items())
+            print(f"{number:9} {row['torchvision']:12.6f} {given} {n_differing:16} {own}")
+    print(f"median difference of ours over {len(rows)} iterations: {statistics.median(differences):.1e}")
 
 
 def summarize(runs):
-    """Return {system: {figure: {"mean", "low", "high", "seeds"}}} of trainings, as `prove` returns them."""
+    """Return {system: {figure: {"mean", "low", "high", "seeds"}}} of the results of `prove`."""
     summary = {}
     for system in dict.fromkeys(run["system"] for run in runs):
         for figure in FIGURES:
@@ -337,7 +339,7 @@ def summarize(runs):
 
 
 def print_summary(summary):
-    """Print a table of all figures as mean and range over the seeds, and how each system compares with ours."""
+    """Print a table of all figures as mean and range over the seeds, and compare each system with ours."""
     print(f"{'':18}" + "".join(f"{heading:>30}" for heading, _, _ in FIGURES.values()))
     for system, figures in summary.items():
         cells = []
@@ -352,7 +354,7 @@ def print_summary(summary):
             difference = ours["mAP_11_point"]["mean"] - figures["mAP_11_point"]["mean"]
             spread = max(each["mAP_11_point"]["high"] - each["mAP_11_point"]["low"] for each in (ours, figures))
             speed = figures["training_seconds"]["mean"] / ours["training_seconds"]["mean"]
-            print(f"ours against {system}: mAP {difference:+.4f}, where seeds spread over {spread:.4f}; "
+            print(f"ours against {system}: mAP {difference:+.4f} (range over seeds: {spread:.4f}), "
                   f"{speed:.2f} times as fast")  # fmt: skip
 
 
@@ -364,20 +366,20 @@ def main():
     join_processes()
     try:
         if n_processes() > 1 and (arguments.compare_losses or any("torchvision" in name for name in arguments.systems)):
-            raise InputError("torchvision's network trains in one process here; give --systems ours to torchrun")
+            raise InputError("torchvision's network trains in a single process; with torchrun, give --systems ours")
         if rank() == 0:
             make_folder(folder)
             lists = ["--train", arguments.root, "--test", arguments.root, "--labels", "auto", "--output-folder", folder]
             lists += ["--zero-based"] * arguments.zero_based
             create_data_lists.make_lists(create_data_lists.parse_arguments(lists))
-        sum_over_processes(torch.zeros(1))  # wait for it
-        several = f"-{n_processes()}-processes" if n_processes() > 1 else ""
+        sum_over_processes(torch.zeros(1))  # wait for rank 0
+        suffix = f"-{n_processes()}-processes" if n_processes() > 1 else ""
 
         def settings_of(system, seed, *more):
-            name = os.path.join(folder, f"{system}{several}-{seed}")
+            name = os.path.join(folder, f"{system}{suffix}-{seed}")
             given = ["--data-folder", folder, "--output-folder", name, "--overwrite", "--seed", str(seed)]
             settings = train.parse_settings([*RECIPE.split(), *rest, *SYSTEMS[system].split(), *given, *more])
-            choose_precision(settings.precision, find_device())  # refuses what cannot be
+            choose_precision(settings.precision, find_device())  # raises InputError if the device does not support it
             return settings
 
         if arguments.compare_losses:
@@ -397,11 +399,11 @@ def main():
                 continue
             if rank() == 0:
                 print(f"\n{system}, seed {settings.seed}", flush=True)
-            result = prove(system + several, settings, common)
+            result = prove(system + suffix, settings, common)
             if rank() == 0:
                 done[path] = result
                 write_json({path: result})
-            sum_over_processes(torch.zeros(1))
+            sum_over_processes(torch.zeros(1))  # wait for rank 0
         if rank() == 0:
             runs = list(done.values())
             summary = summarize(runs)

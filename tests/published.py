@@ -1,4 +1,4 @@
-"""Inputs that tests/data/*.npz were recorded on, made again from their seeds."""
+"""The inputs with which tests/data/*.npz were recorded, recreated from their seeds."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ def fnv(name):
 
 
 def seeded(name, shape):
-    """The recorded systems' weight of this name: normal numbers of a size that suits its kind."""
+    """The weight of this name in the recorded systems: normally distributed, on a scale that suits its layer."""
     values = np.random.RandomState(fnv(name) % 2**31).standard_normal(shape)
     if name in ("rescale_factors", "L2Norm.weight"):
         values = 20 + values
@@ -25,7 +25,7 @@ def seeded(name, shape):
 
 
 def images():
-    """The recorded forward passes' input, (2, 3, 300, 300)."""
+    """The input of the recorded forward passes, (2, 3, 300, 300)."""
     return torch.tensor(np.random.RandomState(107).standard_normal((2, 3, 300, 300)), dtype=torch.float32)
 
 

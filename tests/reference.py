@@ -21,7 +21,7 @@ def jaccard_overlap(box_1, box_2):
 
 
 def overlap_table(boxes_1, boxes_2):
-    """IoU of all pairs, (n1, n2), a row at a time."""
+    """IoU of all pairs, (n1, n2), row by row."""
     table = torch.zeros(len(boxes_1), len(boxes_2))
     for row, (x_min, y_min, x_max, y_max) in enumerate(boxes_1.tolist()):
         for column, box in enumerate(boxes_2.tolist()):
@@ -30,7 +30,7 @@ def overlap_table(boxes_1, boxes_2):
 
 
 def match(priors_xy, boxes, labels, threshold=0.5):
-    """Object index and label (0: background) of each prior, for one image: two tensors as long as the priors."""
+    """Index and label (0: background) of the object matched to each prior of one image, two tensors (n_priors,)."""
     if len(boxes) == 0:
         return torch.zeros(2, len(priors_xy), dtype=torch.long)
     overlap = box_iou(boxes, priors_xy)
@@ -44,7 +44,7 @@ def match(priors_xy, boxes, labels, threshold=0.5):
 
 
 def multibox_loss(priors_cxcy, predicted_locs, predicted_scores, boxes, labels, threshold=0.5, neg_pos_ratio=3):
-    """Confidence and localisation loss of a batch, image by image, as the published implementations do it."""
+    """Confidence and localisation loss of a batch, image by image, as in the published implementations."""
     priors_xy = box_convert(priors_cxcy, "cxcywh", "xyxy")
     confidence, localization, n_positives = [], [predicted_locs.sum() * 0], 0
     for locs, scores, true_boxes, true_labels in zip(predicted_locs, predicted_scores, boxes, labels, strict=True):
@@ -65,49 +65,49 @@ def multibox_loss(priors_cxcy, predicted_locs, predicted_scores, boxes, labels, 
 
 
 def detect_objects(priors_cxcy, locs, scores, min_score, max_overlap, top_k):
-    """Boxes, labels and scores, best first, of one image: locs (p, 4), scores (p, n_classes)."""
+    """Boxes, labels and scores of one image, best first, from locs (n_priors, 4) and scores (n_priors, n_classes)."""
     probabilities = scores.softmax(dim=1)
     centers = locs[:, :2] * priors_cxcy[:, 2:] / 10 + priors_cxcy[:, :2]
     half = torch.exp(locs[:, 2:] / 5) * priors_cxcy[:, 2:] / 2
     boxes = torch.cat([centers - half, centers + half], dim=1)
-    found = []
+    detections = []
     for label in range(1, scores.size(1)):
         candidates = (probabilities[:, label] > min_score).nonzero().flatten()
         candidates = candidates[probabilities[candidates, label].argsort(descending=True, stable=True)]
         while len(candidates):
             best, candidates = candidates[0], candidates[1:]
-            found.append((float(probabilities[best, label]), int(best), label))
+            detections.append((float(probabilities[best, label]), int(best), label))
             overlap = box_iou(boxes[best][None].double(), boxes[candidates].double())[0]
             candidates = candidates[overlap <= max_overlap]
-    found.sort(key=lambda detection: (-detection[0], detection[1], detection[2]))
-    found = found[:top_k]
-    priors = [prior for _, prior, _ in found]
-    return boxes[priors].reshape(-1, 4), [label for _, _, label in found], [score for score, _, _ in found]
+    detections.sort(key=lambda detection: (-detection[0], detection[1], detection[2]))
+    detections = detections[:top_k]
+    priors = [prior for _, prior, _ in detections]
+    return boxes[priors].reshape(-1, 4), [label for _, _, label in detections], [score for score, _, _ in detections]
 
 
 def average_precisions(
     det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, n_classes, eleven_points=True
 ):
-    """AP of each class but background by the development kit's rules, NaN where there is no object to be found."""
+    """AP of each foreground class by the rules of VOC's development kit; NaN if all its objects are difficult."""
     results = []
     for label in range(1, n_classes):
         detections, objects, n_objects = [], {}, 0
         for image in range(len(true_boxes)):
             objects[image] = [
-                {"box": box, "difficult": bool(difficult), "found": False}
-                for box, own, difficult in zip(
+                {"box": box, "difficult": bool(difficult), "detected": False}
+                for box, object_label, difficult in zip(
                     true_boxes[image].tolist(),
                     true_labels[image].tolist(),
                     true_difficulties[image].tolist(),
                     strict=True,
                 )
-                if own == label
+                if object_label == label
             ]
-            n_objects += sum(not o["difficult"] for o in objects[image])
-            for box, own, score in zip(
+            n_objects += sum(not candidate["difficult"] for candidate in objects[image])
+            for box, detected_label, score in zip(
                 det_boxes[image].tolist(), det_labels[image].tolist(), det_scores[image].tolist(), strict=True
             ):
-                if own == label:
+                if detected_label == label:
                     detections.append((score, image, box))
         if n_objects == 0:
             results.append(math.nan)
@@ -121,8 +121,8 @@ def average_precisions(
                     best, best_overlap = candidate, overlap
             if best_overlap >= 0.5 and best["difficult"]:
                 continue
-            if best_overlap >= 0.5 and not best["found"]:
-                best["found"] = True
+            if best_overlap >= 0.5 and not best["detected"]:
+                best["detected"] = True
                 right += 1
             else:
                 wrong += 1
@@ -136,18 +136,18 @@ def average_precisions(
             results.append(sum(best_beyond) / 11)
         else:
             area, previous = 0.0, 0.0
-            for place, reached in enumerate(recall):
-                area += (reached - previous) * max(precision[place:])
+            for position, reached in enumerate(recall):
+                area += (reached - previous) * max(precision[position:])
                 previous = reached
             results.append(area)
     return results
 
 
 def augment(pixels, boxes, rng, colors=True):
-    """The paper's augmentation one step after the other: distort, zoom out, crop, flip; resizing is left to do.
+    """The paper's augmentation step by step: distort, zoom out, crop, flip; without the final resizing.
 
-    pixels: RGB array 0-255; boxes: list of pixel xy. Returns the new pixels, the boxes that stayed, fractional, their
-    indices, and two shares: the canvas' area over the image's and the crop's over the canvas'.
+    pixels: RGB array 0-255; boxes: list of pixel xy. Returns the new pixels, the remaining boxes in
+    fractional xy, their indices, and two ratios of areas: canvas to image and crop to canvas.
     """
     if colors:
         pixels = distort(pixels.astype(float), rng).astype(np.uint8)
@@ -164,16 +164,16 @@ def augment(pixels, boxes, rng, colors=True):
         boxes = [[x0 + left, y0 + top, x1 + left, y1 + top] for x0, y0, x1, y1 in boxes]
     canvas_area = pixels.size
     pixels, boxes, indices = crop(pixels, boxes, indices, rng)
-    shares = canvas_area / image_area, pixels.size / canvas_area
+    ratios = canvas_area / image_area, pixels.size / canvas_area
     height, width, _ = pixels.shape
     if rng.random() < 0.5:  # flip
         pixels = pixels[:, ::-1]
         boxes = [[width - x1, y0, width - x0, y1] for x0, y0, x1, y1 in boxes]
-    return pixels, [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes], indices, shares
+    return pixels, [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in boxes], indices, ratios
 
 
 def crop(pixels, boxes, indices, rng):
-    """The paper's random crop, trial by trial."""
+    """The paper's random crop, one trial at a time."""
     height, width, _ = pixels.shape
     while True:
         min_overlap = rng.choice([None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
@@ -225,7 +225,7 @@ def distort(pixels, rng):
 
 
 def distort_hsv(pixels, factor, shift):
-    """Multiply saturation by a factor and turn hue by a share of the circle: to HSV, change, back to RGB."""
+    """Multiply the saturation by a factor and shift the hue by a fraction of the circle; RGB in, RGB out."""
     red, green, blue = np.moveaxis(pixels, -1, 0)
     value, smallest = pixels.max(-1), pixels.min(-1)
     chroma = value - smallest
@@ -239,7 +239,7 @@ def distort_hsv(pixels, factor, shift):
 
     hue, saturation = (hue + shift) % 1, np.minimum(1, saturation * factor)
     sector, part = np.floor(hue * 6).astype(int) % 6, hue * 6 % 1
-    low, falling, rising = (value * (1 - saturation * share) for share in (1, part, 1 - part))
+    low, falling, rising = (value * (1 - saturation * fraction) for fraction in (1, part, 1 - part))
     order = [(value, rising, low), (falling, value, low), (low, value, rising),
              (low, falling, value), (rising, low, value), (value, low, falling)]  # fmt: skip
     return np.stack([np.choose(sector, [colors[band] for colors in order]) for band in range(3)], axis=-1)

@@ -1,4 +1,4 @@
-"""Weights of other systems are recognised by their contents and exact; no code in a file is run."""
+"""Weights of other systems are recognised by their contents and load exactly; code in a file is never executed."""
 
 import pickle
 import re
@@ -30,7 +30,7 @@ CATEGORIES = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
 
 
 def from_pixels(pixels, mean, std=(1, 1, 1)):
-    """The ImageNet-normalised images of which another system makes `pixels`: (RGB of 0-255 - mean) / std."""
+    """ImageNet-normalised images that equal another system's input `pixels`, which is (RGB in 0-255 - mean) / std."""
     mean, std, ours, deviation = (
         torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std, IMAGENET_MEAN, IMAGENET_STD)
     )
@@ -54,7 +54,7 @@ def ssd_pytorch_weights():
 
 @pytest.fixture(scope="module")
 def torchvision_model():
-    """torchvision's own with 91 classes and random weights that tell classes apart."""
+    """torchvision's network with 91 classes and with random weights that differ between classes."""
     torch.manual_seed(1)
     network = ssd300_vgg16(weights=None, weights_backbone=None).eval()
     for parameter in network.head.parameters():
@@ -63,7 +63,7 @@ def torchvision_model():
 
 
 def torchvision_outputs(network, pixels):
-    """Box offsets and class logits of RGB (N, 3, 300, 300), 0-1, by torchvision's own transform, backbone and head."""
+    """Head outputs, transformed images and features of torchvision's network for RGB (N, 3, 300, 300) in 0-1."""
     with torch.no_grad():
         prepared, _ = network.transform(list(pixels))
         features = list(network.backbone(prepared.tensors).values())
@@ -71,7 +71,7 @@ def torchvision_outputs(network, pixels):
 
 
 @pytest.mark.parametrize("mean", [None, (123.0, 117.0, 104.0)])
-def test_our_own_checkpoints_and_exported_weights_are_exact(tmp_path, mean):
+def test_our_own_checkpoints_and_exported_weights_load_exactly(tmp_path, mean):
     torch.manual_seed(2)
     model = SSD300(4, pretrained=False, priors="coco", pixel_mean=mean).eval()
     model.label_map = make_label_map(["a", "b", "c"])
@@ -95,7 +95,7 @@ def test_our_own_checkpoints_and_exported_weights_are_exact(tmp_path, mean):
 
 @pytest.fixture
 def tutorial_classes(monkeypatch):
-    """Classes as the tutorial pickles them: in a module `model`, by its names, with none of our code."""
+    """Classes as the tutorial pickles them: in a module `model`, under its names, without our code."""
     module = types.ModuleType("model")
     for name in ("SSD300", "VGGBase", "AuxiliaryConvolutions", "PredictionConvolutions"):
         setattr(module, name, type(name, (nn.Module,), {"__module__": "model"}))
@@ -105,7 +105,7 @@ def tutorial_classes(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 @pytest.mark.parametrize("zipped", [True, False])
-def test_the_tutorials_checkpoint_loads_with_its_whole_model_pickled(tmp_path, model, tutorial_classes, zipped):
+def test_a_checkpoint_of_the_tutorial_with_its_pickled_model_loads_exactly(tmp_path, model, tutorial_classes, zipped):
     whole = tutorial_classes.SSD300()
     parts = {"base": "VGGBase", "aux_convs": "AuxiliaryConvolutions", "pred_convs": "PredictionConvolutions"}
     for name, kind in parts.items():
@@ -136,21 +136,21 @@ def test_the_tutorials_checkpoint_loads_with_its_whole_model_pickled(tmp_path, m
 @pytest.mark.parametrize(
     "wrap", [lambda w: w, lambda w: {"model": w}, lambda w: {f"module.{n}": v for n, v in w.items()}]
 )
-def test_a_state_dict_in_the_tutorials_names_is_exact(tmp_path, model, wrap):
+def test_a_state_dict_with_the_tutorials_names_loads_exactly(tmp_path, model, wrap):
     torch.save(wrap(model.state_dict()), tmp_path / "weights")
     loaded = load_model(tmp_path / "weights")
     assert loaded.label_map == label_map
     assert_same_outputs(loaded, model)
 
 
-def test_a_file_without_class_names_takes_those_that_are_given(tmp_path):
+def test_a_file_without_class_names_takes_the_given_label_map(tmp_path):
     torch.save(SSD300(4, pretrained=False).state_dict(), tmp_path / "weights")
     names = make_label_map(["x", "y", "z"])
     assert load_model(tmp_path / "weights", label_map=names).label_map == names
     assert load_model(tmp_path / "weights").label_map == make_label_map(["class 1", "class 2", "class 3"])
 
 
-def test_ssd_pytorchs_weights_give_its_recorded_outputs(tmp_path):
+def test_weights_of_ssd_pytorch_reproduce_its_recorded_outputs(tmp_path):
     torch.save(ssd_pytorch_weights(), tmp_path / "weights.pth")
     loaded = load_model(tmp_path / "weights.pth")
     assert loaded.label_map == label_map
@@ -161,7 +161,7 @@ def test_ssd_pytorchs_weights_give_its_recorded_outputs(tmp_path):
     assert np.abs(scores[:, index].numpy() - SSD_PYTORCH["scores"]).max() < 1e-3
 
 
-def test_torchvisions_coco_weights_give_its_outputs_for_the_classes_of_voc(tmp_path, torchvision_model):
+def test_torchvisions_coco_weights_reproduce_its_outputs_for_the_voc_classes(tmp_path, torchvision_model):
     torch.save(torchvision_model.state_dict(), tmp_path / "coco")
     loaded = load_model(tmp_path / "coco")
     pixels = torch.rand(2, 3, 300, 300, generator=torch.Generator().manual_seed(0))
@@ -176,7 +176,7 @@ def test_torchvisions_coco_weights_give_its_outputs_for_the_classes_of_voc(tmp_p
     assert theirs["cls_logits"].std() > 0.1
 
 
-def test_detections_are_those_of_torchvisions_post_processing_without_its_cuts(tmp_path):
+def test_detections_equal_torchvisions_without_its_clipping_and_candidate_limit(tmp_path):
     torch.manual_seed(4)
     network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21, topk_candidates=8732).eval()
     for head in (network.head.classification_head, network.head.regression_head):
@@ -189,22 +189,22 @@ def test_detections_are_those_of_torchvisions_post_processing_without_its_cuts(t
     anchors = network.anchor_generator(ImageList(prepared.tensors, [(300, 300)] * 2), features)
     assert torch.allclose(anchors[0] / 300, cxcy_to_xy(loaded.priors_cxcy), atol=1e-5)
     with torch.no_grad():
-        # torchvision cuts boxes at the image's border before NMS and takes the best 400 of a class, we do neither: in
-        # the middle of a larger image it has nothing to cut, and topk_candidates lets it take all.
+        # Before NMS, torchvision clips boxes to the image and keeps the best 400 of a class; we do neither. Boxes in
+        # the middle of a larger image are not clipped, and topk_candidates keeps all of them.
         shifted = [anchor + 300 for anchor in anchors]
         expected = network.postprocess_detections(head_outputs, shifted, [(900, 900)] * 2)
-    found = loaded.detect_objects(
+    detections = loaded.detect_objects(
         *outputs(loaded, from_pixels(pixels * 255, (0, 0, 0))),
         network.score_thresh, network.nms_thresh, network.detections_per_img,
     )  # fmt: skip
     for image, theirs in enumerate(expected):
         assert len(theirs["labels"]) > 20
-        assert found[1][image].tolist() == theirs["labels"].tolist()
-        assert torch.allclose(found[2][image], theirs["scores"], atol=1e-5)
-        assert torch.allclose(found[0][image] * 300, theirs["boxes"] - 300, atol=1e-2)
+        assert detections[1][image].tolist() == theirs["labels"].tolist()
+        assert torch.allclose(detections[2][image], theirs["scores"], atol=1e-5)
+        assert torch.allclose(detections[0][image] * 300, theirs["boxes"] - 300, atol=1e-2)
 
 
-def test_coco_is_read_from_torchvisions_cache_or_ends_in_one_line(tmp_path, monkeypatch, torchvision_model):
+def test_coco_is_read_from_torchvisions_cache_or_fails_in_one_line(tmp_path, monkeypatch, torchvision_model):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cache = tmp_path / "hub" / "checkpoints" / "ssd300_vgg16_coco-b556d3b4.pth"
     cache.parent.mkdir(parents=True)
@@ -227,7 +227,7 @@ def reduced_vgg(path):
     return weights
 
 
-def test_training_starts_from_the_reduced_vgg_with_its_own_input(tmp_path, sample, run):
+def test_training_starts_from_the_reduced_vgg_with_its_input_normalisation(tmp_path, sample, run):
     weights = reduced_vgg(tmp_path / "base.bin")
     command = (
         "--data-folder",
@@ -247,7 +247,7 @@ def test_training_starts_from_the_reduced_vgg_with_its_own_input(tmp_path, sampl
     assert loaded.label_map["disc"] == 1
     assert torch.equal(loaded.base.conv5_3.weight, weights["28.weight"])
     assert torch.equal(loaded.base.conv7.bias, weights["33.bias"])
-    pixels = torch.rand(1, 3, 300, 300) * 255 - 100  # what that network was trained on: RGB minus the mean
+    pixels = torch.rand(1, 3, 300, 300) * 255 - 100  # the input of the reduced VGG: RGB minus the mean
     seen = []
     loaded.base.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     outputs(loaded, from_pixels(pixels, (123, 117, 104)))
@@ -256,7 +256,7 @@ def test_training_starts_from_the_reduced_vgg_with_its_own_input(tmp_path, sampl
     assert "out: not the reduced VGG-16" in message
 
 
-def test_classes_are_carried_over_by_name():
+def test_class_filters_are_copied_by_class_name():
     torch.manual_seed(5)
     source = SSD300(4, pretrained=False, priors="caffe", pixel_mean=(1.0, 2.0, 3.0)).eval()
     source.label_map = make_label_map(["cat", "dog", "cow"])
@@ -271,7 +271,7 @@ def test_classes_are_carried_over_by_name():
     assert not torch.allclose(scores[..., 2], their_scores[..., 2], atol=1e-2)
 
 
-def test_training_starts_from_another_network_and_says_what_it_took(tmp_path, sample, model, run):
+def test_training_starts_from_another_network_and_prints_what_it_copied(tmp_path, sample, model, run):
     torch.save(model.state_dict(), tmp_path / "tutorial")
     printed = run(
         "train.py", "--data-folder", sample, "--output-folder", tmp_path / "run", "--batch-size", 1, "--workers", 0,
@@ -285,7 +285,7 @@ def test_training_starts_from_another_network_and_says_what_it_took(tmp_path, sa
 
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
-def test_a_hostile_checkpoint_in_the_tutorials_old_format_is_not_run(tmp_path, tutorial_classes):
+def test_a_hostile_checkpoint_in_the_tutorials_old_format_is_not_executed(tmp_path, tutorial_classes):
     whole = tutorial_classes.SSD300()
     whole.harm = Hostile(tmp_path / "harm")
     torch.save({"model": whole}, tmp_path / "bad.pth", _use_new_zipfile_serialization=False)
@@ -295,17 +295,17 @@ def test_a_hostile_checkpoint_in_the_tutorials_old_format_is_not_run(tmp_path, t
     assert not (tmp_path / "harm").exists()
 
 
-def test_an_old_file_can_change_no_class_and_write_no_file(tmp_path, monkeypatch):
-    """A pickle that sets attributes of the stand-in class, with which torch.load would write a patch of its source."""
+def test_a_file_in_the_old_format_cannot_change_classes_or_write_files(tmp_path, monkeypatch):
+    """Load a pickle that sets attributes of the stand-in class to make torch.load write a patch of its source."""
 
     def text(value):
         return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
-    a_class = b"cmodel\nSSD300\n"
+    opcode = b"cmodel\nSSD300\n"
     build = (
-        a_class + b"N}(" + text("dump_patches") + b"\x88" + text("__name__") + text(str(tmp_path / "harm")) + b"u\x86b0"
+        opcode + b"N}(" + text("dump_patches") + b"\x88" + text("__name__") + text(str(tmp_path / "harm")) + b"u\x86b0"
     )
-    source = b"(" + text("module") + a_class + text("x.py") + text("harm\n") + b"tQ"
+    source = b"(" + text("module") + opcode + text("x.py") + text("harm\n") + b"tQ"
     for number, body in enumerate((source + b"0" + build + source, source + b"0" + source)):
         path = tmp_path / f"bad{number}.pth"
         with open(path, "wb") as file:
@@ -348,11 +348,11 @@ BAD = {
     "a list": lambda path, weights: torch.save([1, 2], path),
     "foreign": lambda path, weights: torch.save(torchvision.models.vgg11().features.state_dict(), path),
     "hostile": lambda path, weights: torch.save({"model": Hostile(path.parent / "harm")}, path),
-    "a layer short": lambda path, weights: torch.save({n: v for n, v in weights.items() if n != "vgg.2.bias"}, path),
+    "missing layer": lambda path, weights: torch.save({n: v for n, v in weights.items() if n != "vgg.2.bias"}, path),
     "wrong class count": lambda path, weights: torch.save({**weights, "conf.3.bias": torch.zeros(60)}, path),
-    "a later format": lambda path, weights: torch.save({"format": "ssd300-9", "model": weights}, path),
+    "newer format": lambda path, weights: torch.save({"format": "ssd300-9", "model": weights}, path),
     "no labels": lambda path, weights: torch.save({"format": "ssd300-1", "model": weights}, path),
-    "labels that do not fit": lambda path, weights: torch.save(
+    "wrong labels": lambda path, weights: torch.save(
         {"format": "ssd300-1", "model": weights, "label_map": label_map, "priors": "paper", "pixel_mean": None}, path
     ),
     "hostile labels": lambda path, weights: torch.save(
@@ -362,7 +362,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_file_that_holds_no_network_is_named_on_one_line_and_not_run(kind, tmp_path):
+def test_a_file_without_a_network_is_a_one_line_error_and_is_not_executed(kind, tmp_path):
     BAD[kind](tmp_path / "bad.pth", ssd_pytorch_weights())
     with pytest.raises(InputError, match=r"bad\.pth") as caught:
         load_model(tmp_path / "bad.pth")
@@ -370,7 +370,7 @@ def test_a_file_that_holds_no_network_is_named_on_one_line_and_not_run(kind, tmp
     assert not (tmp_path / "harm").exists()
 
 
-def test_detection_says_which_file_it_cannot_use_and_leaves_nothing(tmp_path, sample, run):
+def test_detection_names_an_unusable_file_and_writes_nothing(tmp_path, sample, run):
     (tmp_path / "bad.pth").write_text("weights")
     image = next((sample / "VOCsample" / "JPEGImages").glob("*.jpg"))
     message = run("detect.py", image, "--checkpoint", tmp_path / "bad.pth", "--output", tmp_path / "out.png", status=2)

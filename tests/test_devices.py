@@ -1,4 +1,4 @@
-"""Precision, compilation, and that nothing waits for a GPU."""
+"""Precision, compilation, determinism, and a loss that never waits for the GPU."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_a_cpu_computes_in_fp32_and_refuses_what_it_would_emulate():
+def test_a_cpu_computes_in_fp32_and_rejects_precisions_it_would_emulate():
     assert choose_precision("auto", CPU) == choose_precision("fp32", CPU) == "fp32"
     assert torch.backends.cudnn.allow_tf32 is False
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
@@ -36,19 +36,19 @@ def test_a_cpu_computes_in_fp32_and_refuses_what_it_would_emulate():
             choose_precision(name, CPU)
 
 
-def test_auto_is_bf16_on_a_gpu_with_native_support_and_fp32_on_others(monkeypatch):
+def test_auto_is_bf16_on_gpus_with_native_support_and_fp32_on_others(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert choose_precision("auto", CUDA) == ("bf16" if native else "fp32")
     assert choose_precision("fp16", CUDA) == "fp16"
 
 
-def test_workers_are_as_many_as_cores_within_bounds():
+def test_the_core_count_stays_within_its_bounds():
     assert 1 <= count_cores(most=3) <= 3
 
 
-def test_under_mixed_precision_the_l2_norm_and_the_loss_stay_in_fp32(random_objects):
-    """In bf16 convolutions, seen by replacing the network's slow ones: conv4_3 of 300 would square to 9e4."""
+def test_the_l2_norm_and_the_loss_stay_in_fp32_under_mixed_precision(random_objects):
+    """Stubs replace the slow layers; a conv4_3 value of 300 squares to 9e4, which overflows fp16."""
     seen = {}
 
     class Base(torch.nn.Module):
@@ -75,14 +75,14 @@ def test_under_mixed_precision_the_l2_norm_and_the_loss_stay_in_fp32(random_obje
     boxes, labels = zip(*(random_objects(np.random.RandomState(i), 3) for i in range(2)), strict=True)
     confidence, localization, n_positives = MultiBoxLoss(model.priors_cxcy).parts(*predictions, boxes, labels)
     assert confidence.dtype == localization.dtype == torch.float32
-    assert confidence.item() == pytest.approx(4 * np.log(21), rel=1e-5)  # uniform, three negatives a positive
+    assert confidence.item() == pytest.approx(4 * np.log(21), rel=1e-5)  # uniform scores, three negatives per positive
     with mixed_precision("fp32", CPU):
         model(torch.zeros(1, 3, 4, 4))
     assert seen["convolution"] == torch.float32
 
 
-def test_the_loss_never_asks_a_gpu_for_a_value():
-    """Fake tensors have no values: whatever needs one to go on, and so would wait for the GPU, is an error."""
+def test_the_loss_never_reads_a_value_from_the_gpu():
+    """Fake tensors have no values: an operation that needs one, and would wait for the GPU, raises."""
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         int(torch.zeros(1, device="cuda"))
     with FakeTensorMode():
@@ -93,7 +93,7 @@ def test_the_loss_never_asks_a_gpu_for_a_value():
         assert criterion(locs, scores, boxes, labels).device.type == "cuda"
 
 
-def test_batches_on_a_cpu_are_those_of_the_loader():
+def test_batches_on_a_cpu_are_the_batches_of_the_loader():
     batches = [(torch.zeros(1), 1, 2, 3), (torch.ones(1), 4, 5, 6)]
     assert list(batches_on(CPU, batches)) == batches
 
@@ -110,7 +110,7 @@ def test_the_compiled_network_equals_the_eager_one():
             assert torch.allclose(compiled, eager, atol=1e-3)
 
 
-def test_a_network_that_cannot_be_compiled_ends_in_one_line(monkeypatch):
+def test_a_failed_compilation_is_a_one_line_error(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no compiler\nand much more")
 
@@ -119,7 +119,7 @@ def test_a_network_that_cannot_be_compiled_ends_in_one_line(monkeypatch):
         compile_network(SSD300(2, pretrained=False), (1, 3, 300, 300), "fp32")
 
 
-def test_deterministic_mode_refuses_other_algorithms(monkeypatch):
+def test_deterministic_mode_rejects_nondeterministic_algorithms(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     indices = torch.zeros(1, 1, 2, 2, dtype=torch.long)
     try:
@@ -132,7 +132,7 @@ def test_deterministic_mode_refuses_other_algorithms(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 2), (1, 0)])
-def test_items_gathered_from_processes_are_in_the_order_of_one_process(lengths, monkeypatch):
+def test_items_gathered_over_processes_have_the_order_of_a_single_process(lengths, monkeypatch):
     lists = [[(i, rank) for i in range(n)] for rank, n in enumerate(lengths)]
     monkeypatch.setattr("support.devices.n_processes", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, own: out.__setitem__(slice(None), lists))
@@ -141,8 +141,8 @@ def test_items_gathered_from_processes_are_in_the_order_of_one_process(lengths, 
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu_a_deterministic_run_is_resumed_bit_for_bit(precision, sample, tmp_path, run):
-    """Six iterations against three and three; both with deterministic algorithms."""
+def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(precision, sample, tmp_path, run):
+    """Compare six iterations with three, resumed for another three."""
     arguments = ("--data-folder", sample, "--no-pretrained", "--batch-size", 4, "--workers", 0, "--warmup", 3,
                  "--deterministic", "--precision", precision)  # fmt: skip
     run("train.py", *arguments, "--output-folder", tmp_path / "whole", "--iterations", 6)
@@ -154,11 +154,11 @@ def test_on_a_gpu_a_deterministic_run_is_resumed_bit_for_bit(precision, sample, 
 
 
 @needs_gpu
-def test_on_a_gpu_the_loss_waits_for_nothing(model, random_objects):
+def test_the_loss_never_synchronises_with_a_gpu(model, random_objects):
     criterion = MultiBoxLoss(model.priors_cxcy.to(CUDA))
     locs, scores = (torch.randn(4, 8732, n, device=CUDA, requires_grad=True) for n in (4, 21))
     boxes, labels = zip(*(random_objects(np.random.RandomState(i), i) for i in range(4)), strict=True)
-    criterion(locs, scores, boxes, labels).backward()  # whatever is set up once
+    criterion(locs, scores, boxes, labels).backward()  # one-time initialisation may synchronise
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -169,8 +169,8 @@ def test_on_a_gpu_the_loss_waits_for_nothing(model, random_objects):
 
 @needs_gpu
 @pytest.mark.parametrize(("precision", "compiled"), [("bf16", False), ("fp16", False), ("bf16", True)])
-def test_on_a_gpu_a_fast_step_agrees_with_eager_fp32(precision, compiled, random_objects):
-    """Losses within 2%, gradients within 10% of their norm: bf16 has 8 bits, and 20 layers add up."""
+def test_a_fast_step_on_a_gpu_agrees_with_eager_fp32(precision, compiled, random_objects):
+    """Losses agree within 2%, gradients within 10% of their norm: bf16 has 8 bits, and errors add up over 20 layers."""
     boxes, labels = zip(*(random_objects(np.random.RandomState(i), 3) for i in range(4)), strict=True)
     images = torch.randn(4, 3, 300, 300, generator=torch.Generator().manual_seed(0)).to(CUDA)
     results = []
@@ -194,7 +194,7 @@ def test_on_a_gpu_a_fast_step_agrees_with_eager_fp32(precision, compiled, random
 
 
 @needs_gpu
-def test_batches_reach_the_gpu_whole():
+def test_batches_arrive_on_the_gpu_intact():
     loader = torch.utils.data.DataLoader(
         [torch.full((3, 30, 30), float(i)) for i in range(32)], batch_size=4, pin_memory=True,
         collate_fn=lambda images: (torch.stack(images), 1),

@@ -18,12 +18,12 @@ PRIORS = torch.tensor(
 )
 
 
-def of_prior(index, shift=0.0):
-    """The box of a prior, xy, moved to the right."""
+def prior_box(index, shift=0.0):
+    """Return the box of a prior, xy, shifted to the right."""
     return cxcy_to_xy(PRIORS[index]) + torch.tensor([shift, 0, shift, 0])
 
 
-def test_an_object_takes_every_prior_that_overlaps_it_by_the_threshold():
+def test_an_object_is_matched_to_every_prior_whose_overlap_reaches_the_threshold():
     box = torch.tensor([[0.3, 0.1, 0.7, 0.9]])
     overlap = reference.overlap_table(box, cxcy_to_xy(PRIORS))[0]
     _, labels = MultiBoxLoss(PRIORS, threshold=0.3).match([box], [torch.tensor([7])])
@@ -31,15 +31,15 @@ def test_an_object_takes_every_prior_that_overlaps_it_by_the_threshold():
     assert (labels[0] > 0).sum() == 3
 
 
-def test_an_object_that_overlaps_no_prior_by_the_threshold_takes_its_best():
-    box = of_prior(4).clone()
+def test_an_object_whose_overlaps_stay_below_the_threshold_is_matched_to_its_best_prior():
+    box = prior_box(4).clone()
     box[2:] -= 0.15  # a small corner: overlap 1/16
     _, labels = MultiBoxLoss(PRIORS).match([box[None]], [torch.tensor([3])])
     assert labels[0].nonzero().flatten().tolist() == [4]
 
 
 def test_a_contested_best_prior_goes_to_the_last_object():
-    boxes = torch.stack([of_prior(4, 0.01), of_prior(4, -0.02), of_prior(0)])
+    boxes = torch.stack([prior_box(4, 0.01), prior_box(4, -0.02), prior_box(0)])
     true_boxes, labels = MultiBoxLoss(PRIORS).match([boxes], [torch.tensor([1, 2, 3])])
     assert labels[0, 4] == 2  # though the first object overlaps it more
     assert labels[0, 0] == 3
@@ -55,8 +55,8 @@ def test_a_forced_match_beats_a_larger_overlap():
     assert labels[0, 9] == 1
 
 
-def test_mining_takes_three_negatives_for_each_positive_of_the_same_image_and_the_hardest():
-    boxes = [of_prior(0)[None], torch.stack([of_prior(4), of_prior(8)]), torch.zeros(0, 4)]
+def test_mining_keeps_the_three_hardest_negatives_per_positive_of_each_image():
+    boxes = [prior_box(0)[None], torch.stack([prior_box(4), prior_box(8)]), torch.zeros(0, 4)]
     labels = [torch.tensor([1]), torch.tensor([2, 1]), torch.zeros(0, dtype=torch.long)]
     torch.manual_seed(0)
     scores = torch.randn(3, 12, 3, requires_grad=True)
@@ -73,22 +73,22 @@ def test_mining_takes_three_negatives_for_each_positive_of_the_same_image_and_th
         assert sorted(hardest + positives) == used[image].nonzero().flatten().tolist()
 
 
-def test_the_loss_of_one_object_is_as_by_hand():
+def test_the_loss_of_one_object_matches_a_hand_computation():
     locs, scores = torch.zeros(1, 12, 4), torch.zeros(1, 12, 2)
     locs[0, 4, 0] = 3.0  # true offset 0: smooth L1 2.5
     locs[0, 4, 1] = 0.5  # 0.125
     scores[0, 4, 1] = 1.0
     confidence, localization, _ = MultiBoxLoss(PRIORS, threshold=0.99).parts(
-        locs, scores, [of_prior(4)[None]], [torch.tensor([1])]
+        locs, scores, [prior_box(4)[None]], [torch.tensor([1])]
     )
     positive = -F.log_softmax(torch.tensor([0.0, 1.0]), 0)[1]
     assert confidence.item() == pytest.approx(positive.item() + 3 * np.log(2), rel=1e-6)
     assert localization.item() == pytest.approx(2.625, rel=1e-6)
-    loss = MultiBoxLoss(PRIORS, threshold=0.99, alpha=2.0)(locs, scores, [of_prior(4)[None]], [torch.tensor([1])])
+    loss = MultiBoxLoss(PRIORS, threshold=0.99, alpha=2.0)(locs, scores, [prior_box(4)[None]], [torch.tensor([1])])
     assert loss.item() == pytest.approx(confidence.item() + 2 * 2.625, rel=1e-6)
 
 
-def test_a_batch_without_objects_has_no_loss_and_gradients_of_zero():
+def test_a_batch_without_objects_has_zero_loss_and_zero_gradients():
     locs, scores = torch.randn(2, 12, 4, requires_grad=True), torch.randn(2, 12, 3, requires_grad=True)
     loss = MultiBoxLoss(PRIORS)(locs, scores, [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2)
     loss.backward()
@@ -97,21 +97,21 @@ def test_a_batch_without_objects_has_no_loss_and_gradients_of_zero():
     assert (scores.grad == 0).all()
 
 
-def test_predictions_that_are_not_finite_make_the_loss_so_and_only_their_part():
-    boxes, labels = [of_prior(4)[None]], [torch.tensor([1])]
+def test_non_finite_scores_make_only_the_confidence_loss_non_finite():
+    boxes, labels = [prior_box(4)[None]], [torch.tensor([1])]
     locs, scores = torch.zeros(1, 12, 4), torch.zeros(1, 12, 3)
-    _, usual, _ = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
+    _, expected, _ = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
     for broken in (torch.nan, torch.inf, -torch.inf):
         scores = torch.zeros(1, 12, 3)
         scores[0, 1, 0] = broken
         confidence, localization, _ = MultiBoxLoss(PRIORS).parts(locs, scores, boxes, labels)
         assert not confidence.isfinite()
-        assert localization == usual
+        assert localization == expected
 
 
-def test_boxes_without_area_count_as_no_objects():
+def test_boxes_without_area_are_ignored():
     locs, scores = torch.randn(1, 12, 4, requires_grad=True), torch.randn(1, 12, 3, requires_grad=True)
-    boxes = torch.stack([of_prior(4), torch.tensor([0.2, 0.2, 0.2, 0.4]), torch.tensor([0.5, 0.5, 0.4, 0.6])])
+    boxes = torch.stack([prior_box(4), torch.tensor([0.2, 0.2, 0.2, 0.4]), torch.tensor([0.5, 0.5, 0.4, 0.6])])
     loss = MultiBoxLoss(PRIORS)(locs, scores, [boxes], [torch.tensor([1, 2, 2])])
     alone = MultiBoxLoss(PRIORS)(locs, scores, [boxes[:1]], [torch.tensor([1])])
     loss.backward()
@@ -119,10 +119,10 @@ def test_boxes_without_area_count_as_no_objects():
     assert locs.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("ranks_all", [False, True])  # as on a CPU, and as on a GPU
+@pytest.mark.parametrize("ranks_all", [False, True])  # False as on a CPU, True as on a GPU
 @settings(max_examples=25, deadline=None)
 @given(random_objects_seed=st.integers(0, 2**31 - 1))
-def test_random_batches_equal_the_loop(ranks_all, random_objects_seed):
+def test_the_loss_of_random_batches_equals_the_loop_version(ranks_all, random_objects_seed):
     rng = np.random.RandomState(random_objects_seed)
     boxes, labels = [], []
     for _ in range(rng.randint(1, 4)):
@@ -142,14 +142,14 @@ def test_random_batches_equal_the_loop(ranks_all, random_objects_seed):
     expected = reference.multibox_loss(PRIORS, locs, scores, boxes, labels)
     assert confidence.item() == pytest.approx(expected[0].item(), rel=1e-4, abs=1e-6)
     assert localization.item() == pytest.approx(expected[1].item(), rel=1e-4, abs=1e-6)
-    gradients, wanted = (
+    gradients, expected_gradients = (
         torch.autograd.grad(sum(parts), (locs, scores)) for parts in ((confidence, localization), expected)
     )
-    for gradient, other in zip(gradients, wanted, strict=True):
-        assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_the_whole_network_s_priors_match_as_the_loop_does(model, random_objects):
+def test_matching_with_all_priors_of_the_network_equals_the_loop_version(model, random_objects):
     boxes, labels = random_objects(np.random.RandomState(2), 6)
     _, matched = MultiBoxLoss(model.priors_cxcy).match([boxes], [labels])
     _, expected = reference.match(cxcy_to_xy(model.priors_cxcy), boxes, labels)

@@ -1,4 +1,4 @@
-"""The network, its priors, and its start from ImageNet weights."""
+"""The network, its priors, and its initialisation from ImageNet weights."""
 
 import hashlib
 import http.server
@@ -14,11 +14,11 @@ from support.files import InputError
 from utils import decimate
 
 
-def test_there_are_8732_priors_and_one_cell_of_each_map_is_as_by_hand(model):
+def test_there_are_8732_priors_and_one_cell_of_each_map_matches_a_hand_computation(model):
     priors = model.priors_cxcy
     assert priors.shape == (8732, 4)
-    third = 0.333  # as the public tutorial writes it
-    # map: (first prior, cells a side, row, column, scale, next scale, has ratios 3 and 1/3)
+    third = 0.333  # rounded as in the public tutorial
+    # map: (first prior, cells per side, row, column, scale, next scale, has ratios 3 and 1/3)
     cells = (
         (0, 38, 3, 5, 0.1, 0.2, False),
         (5776, 19, 18, 0, 0.2, 0.375, True),
@@ -39,14 +39,14 @@ def test_there_are_8732_priors_and_one_cell_of_each_map_is_as_by_hand(model):
         assert torch.allclose(priors[first : first + len(shapes)], torch.tensor(expected), atol=1e-6)
 
 
-def test_priors_follow_the_model_and_are_no_part_of_the_state_dict(model):
+def test_priors_move_with_the_model_but_are_not_in_the_state_dict(model):
     assert "priors_cxcy" not in model.state_dict()
     assert SSD300(2, pretrained=False).to(torch.float64).priors_cxcy.dtype == torch.float64
     with pytest.raises(ValueError, match="priors must be one of paper, caffe, coco"):
         SSD300(2, pretrained=False, priors="yolo")
 
 
-def test_parameters_have_the_public_names(model):
+def test_parameters_keep_their_public_names(model):
     names = set(model.state_dict())
     convolutions = [f"base.conv{b}_{i}" for b, n in enumerate((2, 2, 3, 3, 3), 1) for i in range(1, n + 1)]
     convolutions += ["base.conv6", "base.conv7"]
@@ -59,7 +59,7 @@ def test_parameters_have_the_public_names(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_every_prior_gets_offsets_and_scores_alone_as_in_a_batch(training):
+def test_an_image_gets_the_same_predictions_alone_and_in_a_batch(training):
     torch.manual_seed(0)
     model = SSD300(4, pretrained=False).train(training)
     images = torch.randn(2, 3, 300, 300)
@@ -70,21 +70,21 @@ def test_every_prior_gets_offsets_and_scores_alone_as_in_a_batch(training):
     assert scores.shape == (2, 8732, 4)
     assert torch.allclose(locs[1:], alone[0], atol=1e-4)
     assert torch.allclose(scores[1:], alone[1], atol=1e-4)
-    assert locs.std() > 1e-3  # the signal of an untrained network neither dies nor explodes
+    assert locs.std() > 1e-3  # activations of an untrained network neither vanish nor explode
     assert locs.abs().max() < 1e3
 
 
-def test_a_black_picture_gives_finite_gradients():
+def test_a_black_image_gives_finite_gradients():
     model = SSD300(3, pretrained=False)
     for name, parameter in model.base.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    locs, scores = model(torch.zeros(1, 3, 300, 300))  # conv4_3 is 0 everywhere: its norm divides by 0
+    locs, scores = model(torch.zeros(1, 3, 300, 300))  # conv4_3 is 0 everywhere, and so is the norm that divides it
     (locs.sum() + scores.sum()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_predictions_come_by_row_column_and_prior(model):
+def test_predictions_are_ordered_by_row_column_and_prior(model):
     heads = model.pred_convs
     maps = [torch.randn(1, c, s, s) for s, c in ((38, 512), (19, 1024), (10, 512), (5, 256), (3, 256), (1, 256))]
     with torch.no_grad():
@@ -96,21 +96,21 @@ def test_predictions_come_by_row_column_and_prior(model):
     assert torch.allclose(scores[0, index], score_map[0, prior * 21 : prior * 21 + 21, row, column], atol=1e-5)
 
 
-def test_a_fully_connected_layer_equals_its_convolution_and_decimation_samples_it():
+def test_a_fully_connected_layer_equals_its_convolution_and_decimation_subsamples_it():
     torch.manual_seed(0)
     features, weight, bias = torch.randn(1, 3, 7, 7), torch.randn(8, 3 * 7 * 7), torch.randn(8)
     connected = F.linear(features.flatten(1), weight, bias)
     assert torch.allclose(F.conv2d(features, weight.view(8, 3, 7, 7), bias).flatten(1), connected, atol=1e-4)
-    # Where a 7x7 filter has only its decimated values, a dilated 3x3 convolution of these gives the same.
+    # If a 7x7 filter is 0 except at the values that decimation keeps, a dilated 3x3 convolution gives the same result.
     sparse = torch.zeros(8, 3, 7, 7)
     sparse[:, :, ::3, ::3] = weight.view(8, 3, 7, 7)[:, :, ::3, ::3]
-    few = decimate(weight.view(8, 3, 7, 7), (4, None, 3, 3))
-    assert few.shape == (2, 3, 3, 3)
-    assert torch.allclose(F.conv2d(features, few, dilation=3), F.conv2d(features, sparse)[:, ::4], atol=1e-4)
+    decimated = decimate(weight.view(8, 3, 7, 7), (4, None, 3, 3))
+    assert decimated.shape == (2, 3, 3, 3)
+    assert torch.allclose(F.conv2d(features, decimated, dilation=3), F.conv2d(features, sparse)[:, ::4], atol=1e-4)
 
 
 def stand_in_weights(path):
-    """Save an ImageNet VGG-16 of small memory: every value of fc6 and fc7 tells its column, biases their place."""
+    """Save and return VGG-16 weights that take little memory: each value of fc6, fc7 and the biases is its column."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in torchvision.models.vgg16().state_dict().items()}
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def stand_in_weights(path):
     return weights
 
 
-def test_imagenet_weights_are_taken_over_and_decimated(tmp_path, monkeypatch):
+def test_imagenet_weights_are_loaded_and_decimated(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     weights = stand_in_weights(tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth")
     base = VGGBase(pretrained=True)
@@ -143,7 +143,7 @@ def test_imagenet_weights_are_taken_over_and_decimated(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """A file server of a folder: (folder, address)."""
+    """An HTTP server that serves a folder: (folder, address)."""
     folder = tmp_path / "served"
     folder.mkdir()
 
@@ -161,7 +161,7 @@ def server(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["right", "wrong bytes", "missing", "not weights"])
-def test_weights_are_fetched_once_and_a_failure_names_the_way_out(tmp_path, monkeypatch, server, case):
+def test_weights_are_downloaded_once_and_a_failure_names_the_remedy(tmp_path, monkeypatch, server, case):
     folder, address = server
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     weights = stand_in_weights(folder / "weights") if case != "not weights" else None

@@ -16,7 +16,7 @@ from support.voc import make_label_map
 from utils import IMAGENET_MEAN, IMAGENET_STD
 
 
-def test_torchvisions_network_gets_the_pixels_that_it_is_made_for():
+def test_torchvisions_network_gets_the_pixel_values_it_expects():
     pixels = torch.rand(3, 300, 300, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     expected = ssd300_vgg16(weights=None, weights_backbone=None).transform([pixels])[0].tensors
@@ -25,33 +25,33 @@ def test_torchvisions_network_gets_the_pixels_that_it_is_made_for():
     assert model.head.classification_head.num_columns == 3
 
 
-def test_both_losses_are_the_same_function_and_both_trainings_stay_together(sample, tmp_path, run):
-    """Within 1e-5 on the same predictions and matches, and over updates of networks of their own within 1e-3."""
+def test_both_losses_agree_and_both_trainings_stay_close(sample, tmp_path, run):
+    """Within 1e-5 on the same predictions and matches; within 1e-3 if each loss updates its own network."""
     run("tests/proof.py", sample / "VOCsample", "--output-folder", tmp_path, "--compare-losses", 3, "--batch-size", 1,
         "--lr", 0.01, "--warmup", 0, "--workers", 0)  # fmt: skip
     rows = json.loads((tmp_path / "losses.json").read_text())
     assert len(rows) == 3
     for row in rows:
         assert row["same_matches"] == pytest.approx(row["torchvision"], rel=1e-5)
-    assert sum(row["matched_otherwise"] for row in rows) == 0  # no object lies within several priors of one size
+    assert sum(row["matched_otherwise"] for row in rows) == 0  # no object is inside several priors of one size
     for row in rows:
         assert row["ours"] == pytest.approx(row["torchvision"], rel=1e-3)
 
 
-def test_images_without_objects_and_ties_are_noted_as_torchvision_matches_them():
+def test_recorded_matches_include_unmatched_priors_and_images_without_objects():
     targets = [{"boxes": torch.tensor([[30.0, 60, 90, 150]]), "labels": torch.tensor([2])},
                {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}]  # fmt: skip
     matches = [torch.tensor([-1, 0, -2]), torch.tensor([-1, -1, -1])]
-    boxes, labels = proof.noted_matches({"targets": targets, "matches": matches})
+    boxes, labels = proof.recorded_matches({"targets": targets, "matches": matches})
     assert labels.tolist() == [[0, 2, 0], [0, 0, 0]]
     assert torch.allclose(boxes[0, 1], torch.tensor([0.1, 0.2, 0.3, 0.5]))
     assert (boxes[..., 2:] > boxes[..., :2]).all()
 
 
 def test_torchvisions_detections_are_scored_in_our_coordinates(sample):
-    """A network that finds every object exactly, in pixels of 300, has mAP 1 by all rules."""
+    """A network that detects every object exactly, in pixels of a 300 x 300 image, has mAP 1 by all rules."""
     dataset = PascalVOCDataset(sample, "TEST", keep_difficult=True)
-    waiting = [dataset[index][1:] for index in range(len(dataset))]
+    remaining = [dataset[index][1:] for index in range(len(dataset))]
 
     class Oracle(torch.nn.Module):
         label_map = dataset.label_map
@@ -59,7 +59,7 @@ def test_torchvisions_detections_are_scored_in_our_coordinates(sample):
         def forward(self, images):
             return [
                 {"boxes": 300 * boxes, "labels": labels, "scores": torch.ones(len(labels))}
-                for boxes, labels, _ in (waiting.pop(0) for _ in images)
+                for boxes, labels, _ in (remaining.pop(0) for _ in images)
             ]
 
     results = proof.evaluate(
@@ -71,7 +71,7 @@ def test_torchvisions_detections_are_scored_in_our_coordinates(sample):
         assert value == pytest.approx(1, abs=1e-6)
 
 
-def test_a_proof_trains_and_scores_both_and_goes_on_where_it_was(sample, tmp_path, run):
+def test_a_proof_trains_and_scores_both_systems_and_skips_finished_trainings(sample, tmp_path, run):
     command = ("tests/proof.py", sample / "VOCsample", "--output-folder", tmp_path, "--seeds", 3, "--iterations", 1,
                "--batch-size", 2, "--test-images", 2, "--workers", 0)  # fmt: skip
     output = run(*command)
@@ -85,9 +85,9 @@ def test_a_proof_trains_and_scores_both_and_goes_on_where_it_was(sample, tmp_pat
         assert result["test_images"] == 2
     assert json.loads((tmp_path / "proof.json").read_text())["runs"] == results
 
-    written = [os.stat(path).st_mtime_ns for path in files]
+    modified = [os.stat(path).st_mtime_ns for path in files]
     assert "ours against torchvision: mAP" in run(*command, "--systems", "ours")
-    assert [os.stat(path).st_mtime_ns for path in files] == written
+    assert [os.stat(path).st_mtime_ns for path in files] == modified
     message = run(*command, "--lr", 0.1, "--zero-based", status=2)
     assert message == f"error: {files[0]}: differs in lr, data; give another --output-folder"
     expected = results[0]["conditions"]
@@ -100,26 +100,26 @@ def test_a_proof_trains_and_scores_both_and_goes_on_where_it_was(sample, tmp_pat
 @pytest.mark.parametrize(
     "arguments", [["--seed", "7"], ["--precision=fp32"], ["--compile"], ["--resume", "x"], ["--compare-losses", "0"]]
 )
-def test_what_a_proof_decides_itself_cannot_be_given(arguments, capsys):
+def test_settings_that_a_proof_fixes_are_rejected(arguments, capsys):
     with pytest.raises(SystemExit):
         proof.parse_arguments(["root", "--output-folder", "x", *arguments])
     assert arguments[0].partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_update_of_torchvisions_network_is_that_of_train_py():
-    """By hand: gradients 3 and 4 of norm 5, clipped to half; momentum; weight decay and the plain rate for weights."""
+def test_an_update_of_torchvisions_network_equals_an_update_of_train_py():
+    """Computed by hand: gradients 3 and 4 have norm 5 and are halved; only weights decay, biases get twice the rate."""
 
     class Stub(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.own = torch.nn.Linear(1, 1)
-            torch.nn.init.ones_(self.own.weight)
-            torch.nn.init.ones_(self.own.bias)
+            self.layer = torch.nn.Linear(1, 1)
+            torch.nn.init.ones_(self.layer.weight)
+            torch.nn.init.ones_(self.layer.bias)
 
         def forward(self, images, targets):
             assert targets[0]["boxes"].tolist() == [[0, 150, 300, 300]]
             assert targets[0]["labels"].tolist() == [2]
-            return {"classification": 3 * self.own.weight.sum(), "bbox_regression": 4 * self.own.bias.sum()}
+            return {"classification": 3 * self.layer.weight.sum(), "bbox_regression": 4 * self.layer.bias.sum()}
 
     model = Stub()
     settings = argparse.Namespace(lr=0.0, momentum=0.5, weight_decay=0.1, grad_clip=2.5, precision="fp32")
@@ -128,19 +128,19 @@ def test_an_update_of_torchvisions_network_is_that_of_train_py():
     losses = [proof.step_torchvision(model, optimizer, batch, 0.1, settings).item() for _ in range(2)]
     weight = 1 - 0.1 * (1.5 + 0.1)
     assert losses == pytest.approx([7, 3 * weight + 4 * (1 - 0.2 * 2)])
-    assert model.own.weight.item() == pytest.approx(weight - 0.1 * (0.5 * 1.6 + 1.5 + 0.1 * weight))
-    assert model.own.bias.item() == pytest.approx(1 - 0.2 * 2 - 0.2 * (0.5 * 2 + 2), abs=1e-6)
+    assert model.layer.weight.item() == pytest.approx(weight - 0.1 * (0.5 * 1.6 + 1.5 + 0.1 * weight))
+    assert model.layer.bias.item() == pytest.approx(1 - 0.2 * 2 - 0.2 * (0.5 * 2 + 2), abs=1e-6)
 
 
-def test_torchvisions_network_trains_on_the_batches_and_the_schedule_of_train_py(sample, monkeypatch):
+def test_torchvisions_network_trains_with_the_batches_and_schedule_of_train_py(sample, monkeypatch):
     steps = []
 
-    def note(model, optimizer, batch, rate, settings):
+    def record_step(model, optimizer, batch, rate, settings):
         steps.append((batch[0], rate))
         return torch.zeros(())
 
     monkeypatch.setattr(proof, "make_torchvision", lambda label_map: torch.nn.Linear(1, 1))
-    monkeypatch.setattr(proof, "step_torchvision", note)
+    monkeypatch.setattr(proof, "step_torchvision", record_step)
     settings = train.parse_settings(
         ["--data-folder", str(sample), "--iterations", "4", "--batch-size", "2", "--warmup", "2", "--decay-at", "3",
          "--seed", "5", "--workers", "0", "--no-pretrained"]
@@ -160,11 +160,11 @@ def test_systems_are_compared_by_mean_map_spread_and_time(capsys):
     ]
     proof.print_summary(proof.summarize(runs))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "ours against torchvision: mAP +0.1000, where seeds spread over 0.2000; 3.00 times as fast"
+    assert lines[-1] == "ours against torchvision: mAP +0.1000 (range over seeds: 0.2000), 3.00 times as fast"
     assert "0.6000 (0.5000 to 0.7000)" in lines[1]
 
 
-def test_figures_are_summed_up_as_mean_and_range_over_seeds():
+def test_figures_are_summarised_as_mean_and_range_over_seeds():
     runs = [{"system": "ours", **dict.fromkeys(proof.FIGURES, value), "peak_memory": None} for value in (0.5, 0.75)]
     runs.append({"system": "torchvision", **dict.fromkeys(proof.FIGURES, 3.0)})
     summary = proof.summarize(runs)

@@ -1,4 +1,4 @@
-"""Every script is run as a user would; bad input ends in one line."""
+"""Whole scripts, run as a user runs them; bad input ends in a one-line error."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1,
 
 @pytest.fixture(scope="module")
 def trained(sample, tmp_path_factory):
-    """Folder of a run of three iterations with checkpoints and validation, and what it printed."""
+    """Folder of a run of three iterations with checkpoints and validation, and its output."""
     folder = tmp_path_factory.mktemp("run")
     arguments = ("--data-folder", sample, "--output-folder", folder, *QUICK, "--iterations", 3)
     script = Script("train.py", *arguments, "--checkpoint-every", 2, "--validate-every", 3, "--seed", 7)
@@ -71,7 +71,7 @@ def test_a_finished_run_is_not_overwritten_but_can_be_continued_or_exported(trai
     assert "optimizer" not in small
 
 
-def test_evaluation_prints_a_table_and_writes_it(trained, sample, tmp_path, run):
+def test_evaluation_prints_a_table_and_writes_its_files(trained, sample, tmp_path, run):
     arguments = ("--data-folder", sample, "--checkpoint", trained[0] / "checkpoint.pth", "--workers", 0)
     report = ("--report", tmp_path / "report", "--voc-results", tmp_path / "voc", "--coco", "--bootstrap", 20)
     files = ("--results", tmp_path / "results.json", "--detections", tmp_path / "detections.json")
@@ -97,12 +97,12 @@ def test_evaluation_prints_a_table_and_writes_it(trained, sample, tmp_path, run)
 def test_detection_prints_objects_and_writes_an_annotated_copy(trained, sample, tmp_path, run):
     source = next((sample / "VOCsample" / "JPEGImages").glob("*.jpg"))
     before = source.read_bytes()
-    arguments = (source, "--checkpoint", trained[0] / "checkpoint.pth", "--output", tmp_path / "found.png")
+    arguments = (source, "--checkpoint", trained[0] / "checkpoint.pth", "--output", tmp_path / "annotated.png")
     printed = run("detect.py", *arguments, "--min-score", 0.05, "--top-k", 5)
     lines = [line.split() for line in printed.splitlines() if line.split()[0] in SAMPLE_LABELS]
     assert f"{len(lines)} objects" in printed
-    with Image.open(tmp_path / "found.png") as found, Image.open(source) as image:
-        assert found.size == image.size
+    with Image.open(tmp_path / "annotated.png") as annotated, Image.open(source) as image:
+        assert annotated.size == image.size
         for _, score, *box in lines:
             assert 0.05 < float(score) <= 1
             assert 0 <= int(box[0]) <= int(box[2]) <= image.width
@@ -111,19 +111,19 @@ def test_detection_prints_objects_and_writes_an_annotated_copy(trained, sample, 
     assert "unicorn" in run("detect.py", *arguments, "--suppress", "unicorn", status=2)
 
 
-def test_a_sample_run_makes_its_data_and_says_how_to_go_on(trained, tmp_path, run):
+def test_a_sample_run_creates_its_data_and_prints_the_next_commands(trained, tmp_path, run):
     printed = run("train.py", "--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0, cwd=tmp_path)
     assert (tmp_path / "data" / "sample" / "label_map.json").is_file()
     assert read_checkpoint(tmp_path / "runs" / "sample" / "checkpoint.pth")["iteration"] == 1
     assert "python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth" in printed
     again = ("--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0)
-    run("train.py", *again, cwd=tmp_path)  # a sample run replaces a sample run, and no other
+    run("train.py", *again, cwd=tmp_path)  # a sample run replaces only an earlier sample run
     folder = trained[0]
     assert "exists: continue from it" in run("train.py", *again, "--output-folder", folder, cwd=tmp_path, status=2)
     assert "python detect.py data/sample/VOCsample/JPEGImages/000240.jpg" in printed
 
 
-def test_lists_are_made_from_the_command_line(sample, tmp_path, run):
+def test_lists_are_created_from_the_command_line(sample, tmp_path, run):
     message = run(
         "create_data_lists.py", "--voc07", sample / "VOCsample", "--output-folder", tmp_path / "voc", status=2
     )
@@ -136,7 +136,7 @@ def test_lists_are_made_from_the_command_line(sample, tmp_path, run):
     assert "images without objects" in printed
 
 
-def test_an_unreadable_image_ends_training_with_its_name(sample, tmp_path, run):
+def test_an_unreadable_image_stops_training_with_an_error_that_names_it(sample, tmp_path, run):
     for name in ("label_map.json", "TRAIN_images.json", "TRAIN_objects.json", "TEST_images.json", "TEST_objects.json"):
         (tmp_path / name).write_bytes((sample / name).read_bytes())
     images = json.loads((tmp_path / "TRAIN_images.json").read_text())
@@ -162,12 +162,12 @@ def test_an_unreadable_image_ends_training_with_its_name(sample, tmp_path, run):
         (("--resume", "nowhere.pth"), "nowhere.pth: no such file"),
     ],
 )
-def test_impossible_settings_are_one_line(arguments, message, run, tmp_path):
+def test_invalid_settings_are_a_one_line_error(arguments, message, run, tmp_path):
     assert message in run("train.py", *arguments, status=2, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_names_the_iteration_and_the_images(sample, tmp_path, run):
+def test_the_error_for_a_non_finite_loss_names_the_iteration_and_the_images(sample, tmp_path, run):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *QUICK, "--iterations", 6, "--lr", 1e12)
     message = run("train.py", *arguments, "--checkpoint-every", 1, "--grad-clip", 0, status=3)
     assert "not finite" in message
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_names_the_iteration_and_the_images(sample, tm
     "damage",
     [{"optimizer": {}}, {"settings": [1]}, {"settings": {}}, {"iteration": "x"}, {"label_map": {1: 0, "a": 1}}],
 )
-def test_a_damaged_checkpoint_is_not_resumed(damage, trained, tmp_path, sample, run):
+def test_a_damaged_checkpoint_is_rejected(damage, trained, tmp_path, sample, run):
     checkpoint = torch.load(trained[0] / "checkpoint.pth", weights_only=True) | damage
     torch.save(checkpoint, tmp_path / "bad.pth")
     arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *QUICK, "--iterations", 9)
@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_not_resumed(damage, trained, tmp_path, sample, 
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluation_refuses_a_checkpoint_of_other_classes(trained, sample, tmp_path, run):
+def test_evaluation_rejects_a_checkpoint_with_other_classes(trained, sample, tmp_path, run):
     for name in ("TEST_images.json", "TEST_objects.json"):
         (tmp_path / name).write_bytes((sample / name).read_bytes())
     (tmp_path / "label_map.json").write_text(json.dumps(make_label_map(["a", "b", "c", "d", "e"])))
@@ -200,7 +200,7 @@ def test_evaluation_refuses_a_checkpoint_of_other_classes(trained, sample, tmp_p
     assert str(tmp_path) in message
 
 
-def test_the_learning_rate_rises_then_falls_by_tenths():
+def test_the_learning_rate_warms_up_then_decays_by_factors_of_ten():
     settings = train.parse_settings(["--data-folder", "x", "--warmup", "4"])
     rates = [train.learning_rate(i, settings) for i in (0, 1, 3, 4, 79_999, 80_000, 99_999, 100_000, 119_999)]
     assert rates == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
@@ -212,7 +212,7 @@ def test_the_learning_rate_rises_then_falls_by_tenths():
     )
 
 
-def test_biases_get_twice_the_rate_and_no_decay(model):
+def test_biases_get_twice_the_learning_rate_and_no_weight_decay(model):
     optimizer = train.make_optimizer(model, train.parse_settings(["--data-folder", "x"]))
     weights, biases = optimizer.param_groups
     assert (weights["lr_factor"], weights["weight_decay"]) == (1, 5e-4)
@@ -227,7 +227,7 @@ SECONDS = ("waiting_seconds", "network_seconds", "post_processing_seconds")
 
 
 class Oracle(torch.nn.Module):
-    """Takes the place of a network: detects what it is told to."""
+    """A stand-in for the network that returns the given detections."""
 
     def __init__(self, label_map, detections):
         super().__init__()
@@ -244,7 +244,7 @@ class Oracle(torch.nn.Module):
 
 
 class Constant(torch.nn.Module):
-    """Takes the place of a network: predicts its parameters for every image."""
+    """A stand-in for the network that predicts its parameters for every image."""
 
     def __init__(self):
         super().__init__()
@@ -253,7 +253,7 @@ class Constant(torch.nn.Module):
         self.register_buffer("priors_cxcy", torch.rand(12, 4) / 2 + 0.2)
 
     def forward(self, images):
-        """Return locs and scores; the latter differ in training mode."""
+        """Return locs and scores; scores are different in training mode."""
         scores = self.bias + (1.0 if self.training else 0.0) * torch.arange(3)
         return self.locs.expand(len(images), -1, -1), scores.expand(len(images), -1, -1)
 
@@ -266,7 +266,7 @@ BATCH = (
 
 
 @pytest.mark.parametrize(("grad_clip", "scaled"), [(0, False), (0.5, False), (0.5, True)])
-def test_a_step_updates_weights_and_biases_as_by_hand(grad_clip, scaled):
+def test_a_training_step_matches_a_hand_computation(grad_clip, scaled):
     network, copy = Constant(), Constant()
     criterion = train.MultiBoxLoss(network.priors_cxcy)
     optimizer = torch.optim.SGD(
@@ -288,7 +288,7 @@ def test_a_step_updates_weights_and_biases_as_by_hand(grad_clip, scaled):
     assert torch.allclose(network.bias, expected_bias, atol=1e-6)
 
 
-def test_the_validation_loss_is_that_of_one_batch_whatever_the_batches():
+def test_the_validation_loss_does_not_depend_on_how_images_are_batched():
     network = Constant()
     criterion = train.MultiBoxLoss(network.priors_cxcy)
     rng = torch.Generator().manual_seed(1)
@@ -306,7 +306,7 @@ def test_the_validation_loss_is_that_of_one_batch_whatever_the_batches():
     assert losses == pytest.approx([criterion(*network(whole[0]), boxes, labels).item()] * 2, rel=1e-5)
 
 
-def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sample, tmp_path, monkeypatch):
+def test_difficult_objects_are_kept_and_augmentation_can_be_switched_off(sample, tmp_path, monkeypatch):
     for name in ("label_map.json", "TRAIN_images.json", "TEST_images.json"):
         (tmp_path / name).write_bytes((sample / name).read_bytes())
     entry = {"boxes": [[1, 1, 99, 99], [50, 60, 90, 120]], "labels": [1, 2], "difficulties": [0, 1]}
@@ -327,19 +327,19 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
     seen = {}
     model = Oracle(dataset.label_map, (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
 
-    def note_data(loader, *_, **__):
+    def record_data(loader, *_, **__):
         seen.update(data=loader.dataset)
         boxes, others = [torch.zeros(0, 4)] * 3, [torch.zeros(0)] * 3
         return [boxes, others, others], [boxes, others, others], dict.fromkeys(SECONDS, 0.0)
 
     monkeypatch.setattr(eval_script, "load_model", lambda *arguments: model)
-    monkeypatch.setattr(eval_script, "detect_all", note_data)
+    monkeypatch.setattr(eval_script, "detect_all", record_data)
     monkeypatch.setattr(sys, "argv", ["eval.py", "--data-folder", str(tmp_path), "--workers", "0"])
     eval_script.main()
     assert seen["data"][0][3].tolist() == [0, 1]
     assert isinstance(seen["data"], PascalVOCDataset)
 
-    # A failure after the scores does not lose them.
+    # If a later step fails, the scores are still written.
     def fail(*_):
         raise KeyError
 
@@ -350,7 +350,7 @@ def test_training_and_evaluation_keep_difficult_objects_and_heed_augmentation(sa
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 3
 
 
-def test_an_export_never_replaces_what_the_training_writes_or_reads(tmp_path):
+def test_an_export_never_overwrites_a_file_that_training_reads_or_writes(tmp_path):
     arguments = ["--data-folder", "d", "--output-folder", str(tmp_path), "--no-pretrained", "--weights-only"]
     for name in ("checkpoint.pth", "best.pth", "log.jsonl"):
         with pytest.raises(InputError, match=f"^{tmp_path / name}: is also read, or written"):
@@ -361,28 +361,28 @@ def test_an_export_never_replaces_what_the_training_writes_or_reads(tmp_path):
     train.parse_settings([*arguments, path])
 
 
-def test_suppressed_classes_take_no_places_and_leave_the_other_scores(model, monkeypatch):
+def test_suppressed_classes_neither_count_towards_top_k_nor_change_other_scores(model, monkeypatch):
     scores = torch.zeros(1, 8732, 21)
     scores[0, 0, 1], scores[0, 5000, 2] = 8, 7
     monkeypatch.setattr(model, "forward", lambda images: (torch.zeros(1, 8732, 4), scores.clone()))
     monkeypatch.setattr(model, "label_map", label_map)
     image = Image.new("RGB", (200, 100))
-    every = find_objects(image, model, 0.2, 0.45, 200)
-    assert [name for name, *_ in every] == ["aeroplane", "bicycle"]
+    detections = find_objects(image, model, 0.2, 0.45, 200)
+    assert [name for name, *_ in detections] == ["aeroplane", "bicycle"]
     ((name, score, box),) = find_objects(image, model, 0.2, 0.45, 1, suppress=["aeroplane"])
-    assert (name, pytest.approx(score), box) == every[1]
+    assert (name, pytest.approx(score), box) == detections[1]
     assert len(find_objects(image, model, 0.2, 0.45, 1)) == 1
 
 
 def test_detect_maps_boxes_to_pixels():
     label_map = make_label_map(["cat", "dog"])
-    found = torch.tensor([[0.25, 0.5, 0.75, 1.2], [0, 0, 0.5, 0.5]]), torch.tensor([1, 2]), torch.tensor([0.9, 0.8])
-    oracle = Oracle(label_map, found)
+    objects = torch.tensor([[0.25, 0.5, 0.75, 1.2], [0, 0, 0.5, 0.5]]), torch.tensor([1, 2]), torch.tensor([0.9, 0.8])
+    oracle = Oracle(label_map, objects)
     image = Image.new("L", (200, 100), 70)
-    objects = find_objects(image, oracle, 0.2, 0.5, 200)
-    assert objects == [("cat", pytest.approx(0.9), [50, 50, 150, 100]), ("dog", pytest.approx(0.8), [0, 0, 100, 50])]
-    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
-    assert torch.equal(oracle.images[0], transform(image, *nothing, "TEST")[0])  # one preprocessing
+    detections = find_objects(image, oracle, 0.2, 0.5, 200)
+    assert detections == [("cat", pytest.approx(0.9), [50, 50, 150, 100]), ("dog", pytest.approx(0.8), [0, 0, 100, 50])]
+    no_objects = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
+    assert torch.equal(oracle.images[0], transform(image, *no_objects, "TEST")[0])  # the same preprocessing
     before = image.tobytes()
     picture = detect(image, 0.2, 0.5, 200, model=oracle)
     assert (picture.mode, picture.size) == ("RGB", (200, 100))
@@ -394,21 +394,21 @@ def test_detect_maps_boxes_to_pixels():
 
 @pytest.mark.parametrize("size", [(24, 18), (300, 300), (2400, 1600)])
 @pytest.mark.parametrize("level", [0, 255])
-def test_annotations_show_on_any_picture(size, level):
+def test_annotations_are_visible_on_any_image(size, level):
     colors = label_color_map(make_label_map(["white cat", "dog"]))
     picture = annotate(Image.new("RGB", size, (level,) * 3), [("dog", 0.5, [0, 0, *size])], colors)
     changed = (np.asarray(picture) != level).any(axis=2)
     assert changed[:, -1].mean() > 0.9  # the box
-    assert changed[: max(8, size[1] // 40), : size[0] // 20 + 1].mean() > 0.9  # the label's ground
+    assert changed[: max(8, size[1] // 40), : size[0] // 20 + 1].mean() > 0.9  # the background of the label
     blank = annotate(Image.new("RGB", size, (level,) * 3), [(" ", 0.5, [0, 0, *size])], {" ": colors["dog"]})
-    ground = np.asarray(picture)[: max(8, size[1] // 40)]
-    assert (ground == colors["dog"]).all(axis=2).any()
+    background = np.asarray(picture)[: max(8, size[1] // 40)]
+    assert (background == colors["dog"]).all(axis=2).any()
     assert (np.asarray(picture) != np.asarray(blank)).any()  # the text
-    nothing = annotate(Image.new("RGB", size), [], colors)
-    assert nothing.size == size
+    without_objects = annotate(Image.new("RGB", size), [], colors)
+    assert without_objects.size == size
 
 
-def test_evaluation_of_perfect_detections_is_one_with_difficult_objects_left_out():
+def test_perfect_detections_have_an_ap_of_one_and_difficult_objects_are_ignored():
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]])
     oracle = Oracle(make_label_map(["cat", "dog", "cow"]), (boxes, torch.tensor([1, 2]), torch.tensor([0.9, 0.8])))
     batch = torch.zeros(1, 3, 300, 300), [boxes], [torch.tensor([1, 2])], [torch.tensor([0, 1], dtype=torch.uint8)]

@@ -35,7 +35,7 @@ EXTRAS = ("--validate-every", 4, "--validate-map", "--tensorboard")
 
 
 def launch(*launcher_and_arguments, status=0, **options):
-    """Run Python with a launcher, TRAIN and its arguments; return all that is printed."""
+    """Run Python with a launcher, a script and its arguments; return all output."""
     command = [sys.executable, *map(str, launcher_and_arguments)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=LONGEST_WAIT,
@@ -46,11 +46,11 @@ def launch(*launcher_and_arguments, status=0, **options):
 
 
 def run_train(*arguments, status=0, **options):
-    """Run train.py to its end; return all that it prints."""
+    """Run train.py until it ends; return all output."""
     return "".join(Script("train.py", *arguments, **options).finish(status))
 
 
-def losses_logged(folder):
+def logged_losses(folder):
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     keys = "event", "iteration", "loss", "confidence_loss", "localization_loss", "gradient_norm", "lr", "mAP_11_point"
     return [{key: record.get(key) for key in keys} for record in records if record["event"] != "start"]
@@ -65,19 +65,19 @@ def assert_same_runs(folder, other):
         assert torch.equal(value, theirs["model"][name]), name
     for key, state in ours["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], theirs["optimizer"]["state"][key]["momentum_buffer"])
-    assert losses_logged(folder) == losses_logged(other)
+    assert logged_losses(folder) == logged_losses(other)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(sample, tmp_path_factory):
-    """Folder of a run of four iterations that nothing happened to."""
+    """Folder of a run of four iterations that was not interrupted."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run_train("--data-folder", sample, "--output-folder", folder, *RECIPE, *EXTRAS)
     return folder
 
 
 def wait_for(condition, script):
-    """Wait until a condition holds or a script has ended; tell whether it still runs."""
+    """Wait until a condition holds or a script ends; tell whether the script is still running."""
     deadline = time.monotonic() + LONGEST_WAIT
     while script.is_running() and not condition():
         assert time.monotonic() < deadline
@@ -85,21 +85,21 @@ def wait_for(condition, script):
     return script.is_running()
 
 
-def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sample, uninterrupted, tmp_path):
-    """Killed as soon as it has a log, a checkpoint, half a checkpoint, and another checkpoint; then left alone."""
+def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(sample, uninterrupted, tmp_path):
+    """Kill it once it has a log, a checkpoint, a partly written checkpoint and a new checkpoint; then let it finish."""
     checkpoint = tmp_path / "checkpoint.pth"
 
     def has_new_checkpoint(before):
         return lambda: checkpoint.exists() and checkpoint.stat().st_ino != before
 
-    def has_half_a_checkpoint(_):
+    def has_partial_file(_):
         return lambda: any(tmp_path.glob("checkpoint.pth.*.tmp"))
 
-    moments = [lambda _: (tmp_path / "log.jsonl").exists, has_new_checkpoint, has_half_a_checkpoint, has_new_checkpoint]
+    moments = [lambda _: (tmp_path / "log.jsonl").exists, has_new_checkpoint, has_partial_file, has_new_checkpoint]
     kills = 0
     for moment in [*moments, None]:
         inode = checkpoint.stat().st_ino if checkpoint.exists() else None
-        if inode and read_checkpoint(checkpoint)["iteration"] == 4:  # readable at any time
+        if inode and read_checkpoint(checkpoint)["iteration"] == 4:  # a checkpoint is always readable
             break
         arguments = ("--resume", checkpoint) if inode else ("--data-folder", sample, *RECIPE, *EXTRAS)
         script = Script("train.py", *arguments, "--output-folder", tmp_path)
@@ -113,7 +113,7 @@ def test_a_run_that_is_killed_again_and_again_equals_the_uninterrupted_one(sampl
     assert_same_runs(tmp_path, uninterrupted)
 
 
-# Runs train.py, which sends its whole process group a signal in its second step.
+# Run train.py, and send a signal to its whole process group in the second step.
 SIGNALLED = """
 import os, sys
 import train
@@ -134,8 +134,8 @@ run_command(train.main)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, uninterrupted, tmp_path):
-    """The signal goes to the processes that load images, too, as from terminals and schedulers."""
+def test_a_signal_finishes_the_step_saves_and_prints_how_to_continue(number, sample, uninterrupted, tmp_path):
+    """The signal also reaches the data-loading workers, as one from a terminal or a scheduler does."""
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS, "--checkpoint-every", 100)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SIGNAL": str(int(number))}
     printed = launch("-c", SIGNALLED, TRAIN, *arguments, env=environment, start_new_session=True)
@@ -148,7 +148,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, sample, 
         assert_same_runs(tmp_path, uninterrupted)
 
 
-def test_a_second_interrupt_ends_at_once():
+def test_a_second_interrupt_raises_at_once():
     before = signal.getsignal(signal.SIGINT)
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -166,7 +166,7 @@ def parse(*arguments):
 
 
 class Started:
-    """What train.py has of a run that has made no update: settings, data, network, optimizer, progress."""
+    """The state of a run that train.py has started or resumed: settings, data, network, optimizer, progress."""
 
     def __init__(self, settings):
         self.settings, self.dataset = settings, train.training_set(settings)
@@ -186,7 +186,7 @@ class Started:
 
 @pytest.fixture
 def run(sample, tmp_path):
-    """A run with batches of two that has made no update, in this process."""
+    """A run in this process with batches of two, before its first update."""
     return Started(parse("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--batch-size", 2))
 
 
@@ -194,8 +194,8 @@ def resume(folder, *arguments):
     return Started(parse("--resume", folder / "checkpoint.pth", *arguments))
 
 
-def test_momenta_are_resumed_whatever_memory_layout_they_were_saved_in(run, tmp_path):
-    """A GPU trains with channels last, a CPU does not; fused SGD follows the order in memory."""
+def test_momentum_buffers_are_restored_from_any_memory_layout(run, tmp_path):
+    """A GPU trains with channels last, a CPU does not; fused SGD works in the order of memory."""
     run.model.to(memory_format=torch.channels_last)
     run.optimizer = train.make_optimizer(run.model, run.settings)
     for parameter in run.model.parameters():
@@ -211,7 +211,7 @@ def test_momenta_are_resumed_whatever_memory_layout_they_were_saved_in(run, tmp_
         assert torch.allclose(ours, theirs, atol=1e-7)
 
 
-def test_an_update_that_fp16_skips_leaves_the_weights_alone(run):
+def test_an_update_that_fp16_skips_leaves_the_weights_unchanged(run):
     run.settings.precision = "fp16"
     optimizer, scaler = train.make_optimizer(run.model, run.settings), torch.amp.GradScaler("cpu")
     before = [parameter.clone() for parameter in run.model.parameters()]
@@ -226,7 +226,7 @@ def test_an_update_that_fp16_skips_leaves_the_weights_alone(run):
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
-# Runs train.py, which interrupts itself in its first validation.
+# Run train.py, and interrupt it in its first validation.
 INTERRUPTED_VALIDATION = """
 import os, signal, sys
 import train
@@ -244,24 +244,24 @@ run_command(train.main)
 """
 
 
-def test_a_validation_that_is_interrupted_is_done_again_after_resuming(sample, uninterrupted, tmp_path):
+def test_an_interrupted_validation_is_repeated_after_resuming(sample, uninterrupted, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     printed = launch("-c", INTERRUPTED_VALIDATION, TRAIN, *arguments, env=environment)
     assert f"continue with: python train.py --resume {tmp_path / 'checkpoint.pth'}" in printed
     assert not (tmp_path / "best.pth").exists()
-    assert losses_logged(tmp_path)[-1]["event"] == "train"
+    assert logged_losses(tmp_path)[-1]["event"] == "train"
     run_train("--resume", tmp_path / "checkpoint.pth")
-    assert losses_logged(tmp_path) == losses_logged(uninterrupted)
+    assert logged_losses(tmp_path) == logged_losses(uninterrupted)
     best, expected = (read_checkpoint(folder / "best.pth") for folder in (tmp_path, uninterrupted))
     assert best["best_loss"] == expected["best_loss"] < float("inf")
 
 
-def test_a_resumed_run_begins_with_the_validation_of_its_checkpoint(run, tmp_path):
+def test_a_resumed_run_starts_with_the_validation_of_its_checkpoint(run, tmp_path):
     run.settings.validate_every = 2
     assert [train.validation_is_missing(run.settings, iteration) for iteration in range(5)] == [0, 0, 1, 0, 1]
     run.log().append({"event": "validation", "iteration": 2})
-    assert train.validation_is_missing(run.settings, 2)  # for the best network is not in the checkpoint
+    assert train.validation_is_missing(run.settings, 2)  # repeated even if logged, unless the run is finished
     run.log(keep=lambda record: True).append({"event": "validation", "iteration": 4})
     assert not train.validation_is_missing(run.settings, 4)
     run.progress["iteration"] = 4
@@ -271,22 +271,22 @@ def test_a_resumed_run_begins_with_the_validation_of_its_checkpoint(run, tmp_pat
     resume(tmp_path, "--validate-every", 2, "--iterations", 5)
 
 
-def test_a_validation_finds_the_map_that_eval_finds_and_the_model_trains_on(run, monkeypatch):
+def test_validation_computes_the_same_map_as_eval_and_restores_training_mode(run, monkeypatch):
     dataset = PascalVOCDataset(run.settings.data_folder, "TEST", keep_difficult=True)
     loader = evaluation_loader(dataset, 1, 0, CPU)
     objects = [(boxes[0], labels[0], torch.rand(len(labels[0]))) for _, boxes, labels, _ in loader]
 
-    def detections(n_missed):  # all objects but some of the first image, instead of what the untrained network detects
+    def detect_all_but(n_missed):  # stand-in for detect_objects: the true objects, without some of the first image
         kept = [tuple(part[n_missed if number == 0 else 0 :] for part in image) for number, image in enumerate(objects)]
         images = iter(kept)
         return lambda *_: [[part] for part in next(images)]
 
     means = []
     for n_missed in (0, 1):
-        monkeypatch.setattr(run.model, "detect_objects", detections(n_missed))
+        monkeypatch.setattr(run.model, "detect_objects", detect_all_but(n_missed))
         means.append(train.validate(loader, run.model, run.criterion, "fp32", with_map=True)["mAP_11_point"])
         assert run.model.training
-        monkeypatch.setattr(run.model, "detect_objects", detections(n_missed))
+        monkeypatch.setattr(run.model, "detect_objects", detect_all_but(n_missed))
         assert evaluate(loader, run.model)[0]["mAP_11_point"] == means[-1]
         run.model.train()
     assert means[0] == 1 > means[1] > 0
@@ -308,7 +308,7 @@ def test_the_best_network_is_chosen_by_loss_or_by_map(by_map, best_at, run, tmp_
     assert (resumed.progress["best_loss"], resumed.progress["best_map"]) == (2.0, 0.6 if by_map else -1.0)
 
 
-def test_tensorboard_shows_the_log_and_hides_what_a_resumed_run_repeats(run, tmp_path):
+def test_tensorboard_shows_the_log_without_records_that_a_resumed_run_repeats(run, tmp_path):
     test_set = PascalVOCDataset(run.settings.data_folder, "TEST", keep_difficult=True)
     earlier = tmp_path / "tensorboard" / "events.out.tfevents.1.x"
     earlier.parent.mkdir()
@@ -334,7 +334,7 @@ def test_tensorboard_shows_the_log_and_hides_what_a_resumed_run_repeats(run, tmp
         assert (shown.width, shown.height, shown.step) == (2 * image.width, image.height, 3)
 
 
-def test_a_log_keeps_whole_records_that_are_still_true(tmp_path):
+def test_a_log_keeps_complete_records_that_are_still_valid(tmp_path):
     lines = ['{"event": "train", "iteration": 1}', "[]", '{"iteration": 1}', '{"event": "tr']
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     RunLog(tmp_path, {"event": "start"}, keep=lambda record: record["iteration"] < 2)
@@ -343,7 +343,7 @@ def test_a_log_keeps_whole_records_that_are_still_true(tmp_path):
     assert read_log(tmp_path) == [{"event": "start"}]
 
 
-def test_contradictory_settings_and_missing_packages_are_refused_before_the_work(sample, monkeypatch):
+def test_contradictory_settings_and_missing_packages_are_rejected_before_training(sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="pip install tensorboard"):
         parse("--data-folder", sample, "--tensorboard")
@@ -351,7 +351,7 @@ def test_contradictory_settings_and_missing_packages_are_refused_before_the_work
         parse("--data-folder", sample, "--validate-map")
 
 
-def test_a_test_split_without_ground_truth_cannot_validate_by_map(sample, tmp_path):
+def test_validation_by_map_needs_a_test_split_with_ground_truth(sample, tmp_path):
     shutil.copytree(sample, tmp_path / "data")
     objects = json.loads((sample / "TEST_objects.json").read_text())
     for entry in objects:
@@ -389,7 +389,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_is_an_error_only_at_the_end(ru
     assert f"{tmp_path / 'log.jsonl'}: cannot write the log" in printed[-1]
 
 
-def test_a_gradient_that_is_not_finite_names_the_images_and_has_an_exit_status_of_its_own(run):
+def test_the_error_for_a_non_finite_gradient_names_the_images_and_has_its_own_exit_status(run):
     loader = train.training_loader(run.settings, run.dataset, 0, CPU)
 
     def check(losses, scaler=run.scaler):
@@ -403,7 +403,7 @@ def test_a_gradient_that_is_not_finite_names_the_images_and_has_an_exit_status_o
     assert str(caught.value).startswith("iteration 2: the loss or its gradient is not finite (confidence 1, local")
     for _, index in TrainingSampler(len(run.dataset), 2, seed=3, stop=5).batch(1):
         assert run.dataset.images[index] in str(caught.value)
-    losses = check(infinite, torch.amp.GradScaler("cpu"))  # fp16: the scaler skips such an update
+    losses = check(infinite, torch.amp.GradScaler("cpu"))  # in fp16, the scaler skips such an update
     means = mean_losses(losses, alpha=1.0)
     assert means["skipped_updates"] == 1
     assert means["loss"] == 2
@@ -413,7 +413,7 @@ def test_a_gradient_that_is_not_finite_names_the_images_and_has_an_exit_status_o
         check([torch.ones(3)])
 
 
-def test_resuming_on_other_data_is_refused_and_changed_settings_are_named(run, sample, tmp_path, capsys):
+def test_resuming_on_other_data_is_rejected_and_changed_settings_are_printed(run, sample, tmp_path, capsys):
     run.save()
     resume(tmp_path, "--lr", 0.5, "--iterations", 9)
     printed = capsys.readouterr().out
@@ -429,23 +429,23 @@ def test_resuming_on_other_data_is_refused_and_changed_settings_are_named(run, s
         resume(tmp_path, "--data-folder", other)
 
 
-def test_a_checkpoint_of_the_earlier_version_is_resumed(run, tmp_path):
-    """It was saved after its validation, and says whether that was interrupted."""
+def test_a_checkpoint_of_the_previous_version_can_be_resumed(run, tmp_path):
+    """That version saved after the validation, and recorded whether the validation was interrupted."""
     run.progress |= {"iteration": 2, "best_loss": 1.5, "validation_due": True, "pending": [[1.0, 2.0, 3.0]]}
     run.save()
     progress = resume(tmp_path).progress
     assert progress == {"iteration": 2, "best_loss": 1.5, "best_map": -1.0, "pending": [[1.0, 2.0, 3.0]]}
 
 
-def test_two_processes_make_the_updates_of_one(sample, tmp_path):
-    """Three steps from uneven shares: images with many objects, with few, and a process whose images have none."""
+def test_two_processes_make_the_same_updates_as_one(sample, tmp_path):
+    """Train three steps on an uneven split: images with many and few objects, and a process whose image has none."""
     data = tmp_path / "data"
     shutil.copytree(sample, data)
     order = TrainingSampler(6, 3, seed=3, stop=1).batch(0)
     objects = [{"boxes": [], "labels": [], "difficulties": []} for _ in range(6)]
-    for place, n in ((0, 3), (2, 1)):  # of the first batch, process 0 gets these, process 1 the one between
+    for position, n in ((0, 3), (2, 1)):  # process 0 gets images 0 and 2 of the first batch
         boxes = [[20 * i + 5, 10, 20 * i + 60, 90] for i in range(n)]
-        objects[order[place][1]] = {"boxes": boxes, "labels": [1] * n, "difficulties": [0] * n}
+        objects[order[position][1]] = {"boxes": boxes, "labels": [1] * n, "difficulties": [0] * n}
     (data / "TRAIN_objects.json").write_text(json.dumps(objects))
     arguments = ("--data-folder", data, *RECIPE, "--batch-size", 3, "--iterations", 3, "--workers", 0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -456,12 +456,12 @@ def test_two_processes_make_the_updates_of_one(sample, tmp_path):
     start_weights = Started(parse(*arguments, "--output-folder", tmp_path)).model.state_dict()
     changes = []
     for name, value in one["model"].items():
-        # Sums in another order round otherwise, which now and then turns a maximum of a pooling: up to 0.1% of what the
-        # updates changed, seen on several processors. Shares that weigh wrongly would be tens of percent.
+        # Sums in a different order round differently, which occasionally changes the maximum in a pooling layer: up to
+        # 0.1% of the change in weights on several processors. Wrongly weighted shares would differ by tens of percent.
         changes.append((value - start_weights[name]).norm())
         assert (value - two["model"][name]).norm() <= 0.005 * changes[-1], name
-    assert np.count_nonzero(changes) > 50  # of 71: where no prior is used, nothing changes
-    for ours, theirs in zip(losses_logged(tmp_path / "one"), losses_logged(tmp_path / "two"), strict=True):
+    assert np.count_nonzero(changes) > 50  # of 71: parameters of unused priors do not change
+    for ours, theirs in zip(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), strict=True):
         assert [ours["event"], ours["iteration"]] == [theirs["event"], theirs["iteration"]]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert (ours["gradient_norm"] or 0) == pytest.approx(theirs["gradient_norm"] or 0, rel=1e-3)
@@ -495,12 +495,12 @@ class Detector(SSD300):  # detects all objects but the first of each image, all 
 
 model = Detector()
 result = train.validate(loader, model, MultiBoxLoss(model.priors_cxcy), "fp32", with_map=True)
-print(f"RESULT {json.dumps([len(own), result])}\\n", end="")  # in one piece: torchrun's processes do not buffer
+print(f"RESULT {json.dumps([len(own), result])}\\n", end="")  # in a single write: torchrun's processes do not buffer
 leave_processes()
 """
 
 
-def test_processes_validate_as_one(tmp_path):
+def test_two_processes_compute_the_same_validation_as_one(tmp_path):
     make_sample(tmp_path / "data", n_train=1, n_test=5, seed=2)
     script = tmp_path / "validation.py"
     script.write_text(VALIDATION)
@@ -518,7 +518,7 @@ def test_processes_validate_as_one(tmp_path):
     assert 0.1 < one["mAP_11_point"] < 1
 
 
-def test_a_process_that_fails_ends_the_others(sample, tmp_path):
+def test_a_failing_process_stops_the_others(sample, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(sample, data)
     images = json.loads((data / "TRAIN_images.json").read_text())
@@ -531,7 +531,7 @@ def test_a_process_that_fails_ends_the_others(sample, tmp_path):
     assert f"error: {broken}: cannot read this image" in printed
 
 
-def test_a_dry_run_tells_what_a_training_takes_and_leaves_nothing(sample, tmp_path):
+def test_a_dry_run_prints_the_cost_of_a_training_and_writes_nothing(sample, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path / "run", *RECIPE, *EXTRAS, "--dry-run")
     printed = run_train(*arguments, cwd=tmp_path)
     assert "4 iterations are 0.7 epochs" in printed
