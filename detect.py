@@ -376,7 +376,7 @@ def _print_detections(path, size, detections, copy, label_map):
 
 
 def _make_record(path, size, detections, error):
-    """Return what a line of the JSON file says of an image."""
+    """Return the JSON record of an image."""
     record = {"file": path}
     if size is not None:
         record |= {"width": size[0], "height": size[1]}

@@ -70,7 +70,7 @@ def parse_arguments(arguments=None):
     )
     add("--batch-size", type=int, default=32, help="images per batch [%(default)s]")
     add("--workers", type=int, default=count_cores(),
-        help="processes that load images, 0 for none [the processor's cores, 16 at most]")  # fmt: skip
+        help="processes that load images, 0 for none [number of cores, at most 16]")  # fmt: skip
     add("--precision", choices=["auto", *PRECISIONS], default="fp32",
         help="of the network's arithmetic; auto: bf16 on a GPU that supports it [%(default)s]")  # fmt: skip
     add("--min-score", type=float, default=EVALUATION_LIMITS.min_score,
@@ -126,7 +126,7 @@ def evaluation_loader(dataset, batch_size, workers, device):
 def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criterion=None, interruption=None):
     """Detect the objects in all images, for evaluation and for validation. Leaves the model in eval mode.
 
-    Several processes call it together, each with its `evaluation_loader`; all of them get the results of all.
+    Several processes call it together, each with its `evaluation_loader`. Each gets the results of the whole data set.
 
     :param loader: batches of `collate_fn`
     :param limits: of `SSD300.detect_objects`; None detects nothing
@@ -142,7 +142,7 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
     device = model.priors_cxcy.device
     figures = {"waiting_seconds": 0.0, "network_seconds": 0.0, "post_processing_seconds": 0.0}
     loss_sums = torch.zeros(2, device=device)  # loss times positives, positives
-    batches = []  # of each batch: six lists of one array per image, which other processes get faster than tensors
+    batches = []  # for each batch, six lists with one array per image: arrays travel faster than tensors
     title = "validating" if criterion else "evaluating"
     bar = tqdm(loader, title, unit="batch", leave=criterion is None, disable=rank() > 0 or None)
     requested = time.perf_counter()
@@ -222,7 +222,7 @@ def _none_for_nan(value):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# How much of it is chance
+# Confidence intervals
 # ---------------------------------------------------------------------------------------------------------
 
 

@@ -91,9 +91,7 @@ class Limits(NamedTuple):
     """The limits of `SSD300.detect_objects`."""
 
     min_score: float  # detections have a probability above this
-    max_overlap: (
-        float  # of two boxes of a class that overlap by more than this, the one with the lower score is dropped
-    )
+    max_overlap: float  # a detection is dropped if it overlaps a better one of its class by more than this
     top_k: int  # most detections per image, all classes together
 
 
@@ -367,11 +365,13 @@ def build_model(description, source):
     """Return the SSD300 of a description: a dict with "model" (state dict), "label_map", "priors" and "pixel_mean".
 
     :param source: the file that the description was read from
-    :raises InputError: naming the file, if its weights do not fit
+    :raises InputError: naming the file, if the priors are unknown or the weights do not fit
     """
-    label_map = description["label_map"]
+    label_map, priors = description["label_map"], description["priors"]
+    if str(priors) not in PRIOR_FAMILIES:
+        raise InputError(f"{source}: damaged checkpoint, unknown priors {str(priors):.99}; use another one")
     try:
-        model = SSD300(len(label_map), False, description["priors"], description["pixel_mean"])
+        model = SSD300(len(label_map), False, priors, description["pixel_mean"])
         model.load_state_dict(description["model"])
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise InputError(

@@ -26,6 +26,7 @@ from datasets import PascalVOCDataset, TrainingSampler, collate_fn
 from detect import annotate, find_objects
 from eval import detect_all, evaluation_loader
 from model import DETECTION_LIMITS, EVALUATION_LIMITS, SSD300, MultiBoxLoss, build_model, load_model
+from support import runlog
 from support.checkpoints import CAFFE_MEAN, load_optimizer, read_base, read_checkpoint, save_checkpoint, save_weights
 from support.devices import (
     PRECISIONS,
@@ -45,7 +46,6 @@ from support.devices import (
 )
 from support.files import DivergenceError, InputError, check_outputs, make_folder, run_command
 from support.images import draw_boxes, read_image
-from support.runlog import RunLog, Stopwatch, describe_run, import_tensorboard, mean_losses, read_log, show, warn
 from support.sample import make_sample
 from support.voc import label_color_map, label_names
 from utils import IMAGE_SIZE, calculate_mAP
@@ -105,7 +105,7 @@ def make_parser():
     add = parser.add_argument_group("progress").add_argument
     add("--checkpoint-every", type=int, default=1000, metavar="N", help="iterations [%(default)s]")
     add("--validate-every", type=int, default=0, metavar="N",
-        help="iterations between losses over the test split; the best network is kept; 0: never [0]")  # fmt: skip
+        help="iterations between losses over the test split, for best.pth; 0: never [%(default)s]")  # fmt: skip
     add("--validate-map", action="store_true", help="also validate by 11-point mAP, which then decides best.pth")
     add("--log-every", type=int, default=20, metavar="N", help="iterations per record in log.jsonl [%(default)s]")
     add("--resume", metavar="FILE", help="continue from this checkpoint, with its settings")
@@ -142,7 +142,7 @@ def check_settings(settings):
     inputs += [os.path.join(settings.output_folder, name) for name in RUN_FILES]
     check_outputs(settings.weights_only, inputs=filter(None, inputs))
     if settings.tensorboard:
-        import_tensorboard()
+        runlog.import_tensorboard()
     if settings.validate_map and not settings.validate_every:
         raise InputError("--validate-map: needs --validate-every N; give both")
     if min(settings.decay_at, default=0) < 0 or settings.seed >= 2**63 or settings.momentum >= 1:
@@ -266,8 +266,7 @@ def check_same_run(checkpoint, settings, dataset):
         if name not in ("resume", "weights_only", "dry_run", "overwrite") and earlier != value and rank() == 0:
             print(f"{_option(name)} is {value}, and was {earlier}")
     done = checkpoint["iteration"]
-    is_complete = done >= settings.iterations and not validation_is_missing(settings, done)
-    if is_complete and not settings.weights_only:
+    if done >= settings.iterations and not (settings.weights_only or validation_is_missing(settings, done)):
         raise InputError(f"{settings.resume}: has finished its {done} iterations; to train further, raise --iterations")
 
 
@@ -323,17 +322,15 @@ def train(settings):
         return model, False
 
     # A checkpoint is saved before the validation of its iteration, so a resumed run begins with that.
-    validate_now = test_loader is not None and validation_is_missing(settings, progress["iteration"])
-    log = prepare_output(settings, dataset, model, precision, progress["iteration"], validate_now)
+    validate_now = validation_is_missing(settings, progress["iteration"])
+    log = prepare_output(settings, dataset, model, precision, progress, validate_now)
     save = partial(save_run, settings, model, optimizer, scaler, dataset.fingerprint(), progress)
     validation = partial(validate_and_keep_best, test_loader, model, criterion, precision, log, save, progress)
     todo = {"total": settings.iterations, "initial": progress["iteration"], "disable": rank() > 0 or None}
     with tqdm(**todo, desc="training", unit="it") as bar, Interruption() as interruption:
-        if validate_now:
-            save("checkpoint.pth", must=True)  # the run may have been resumed into another folder
-            if not validation(settings.validate_map, interruption):
-                return model, False
-        stopwatch, losses = Stopwatch(), []
+        if validate_now and not validation(settings.validate_map, interruption):
+            return model, False
+        stopwatch, losses = runlog.Stopwatch(), []
         for batch in batches_on(device, train_loader):
             stopwatch.stop_waiting()
             rate = learning_rate(progress["iteration"], settings)
@@ -351,11 +348,11 @@ def train(settings):
                 progress["pending"] += stop_if_not_finite(losses, model, scaler, progress["iteration"], train_loader)
                 losses = []
             if log_now:
-                means = mean_losses(progress["pending"], criterion.alpha)
+                means = runlog.mean_losses(progress["pending"], criterion.alpha)
                 record = {"event": "train", "iteration": progress["iteration"], **means, "lr": rate}
                 record |= stopwatch.figures(settings.batch_size)
                 log.append(record)
-                show(bar, record)
+                runlog.show(bar, record)
                 if progress["iteration"] % settings.log_every == 0:  # an extra record at the end keeps them
                     progress["pending"] = []
             if save_now or validate_now or stop:
@@ -365,7 +362,7 @@ def train(settings):
             if stop:
                 break
             if log_now:
-                stopwatch = Stopwatch()  # validating and saving do not count
+                stopwatch = runlog.Stopwatch()  # validating and saving do not count
             stopwatch.start_waiting()
     return model, progress["iteration"] >= settings.iterations
 
@@ -479,14 +476,15 @@ def validate_and_keep_best(loader, model, criterion, precision, log, save, progr
 def validation_is_missing(settings, iteration):
     """Tell whether a resumed run must first validate: a checkpoint is saved before the validation of its iteration.
 
-    It is repeated even if it was made, which leads to the same best network, unless a finished run has logged it.
+    The validation is repeated even if it was made. Only a finished run that has logged it does not repeat it.
     """
     if not is_due(iteration, settings.validate_every, settings.iterations):
         return False
     if iteration < settings.iterations:
         return True
-    logged = [record["iteration"] for record in read_log(settings.output_folder) if record["event"] == "validation"]
-    return iteration not in logged and not settings.weights_only
+    records = runlog.read_log(settings.output_folder)  # which only process 0 is sure to have
+    logged = any(record["event"] == "validation" and record.get("iteration") == iteration for record in records)
+    return bool(sum_over_processes(torch.tensor(int(rank() == 0 and not logged))))
 
 
 def example_pictures(model, test_set, n=4):
@@ -517,20 +515,20 @@ def check_overwriting(settings):
         )
 
 
-def prepare_output(settings, dataset, model, precision, iteration, validates_first):
-    """Clean the output folder of an earlier run, print what is trained on what, and return the log.
+def prepare_output(settings, dataset, model, precision, progress, validates_first):
+    """Clean the output folder of an earlier run, print the settings and the size of the data set, and return the log.
 
-    :param iteration: number of updates made so far
-    :param validates_first: whether the run begins with the validation of that iteration
+    :param progress: its "best_loss" and "best_map" are updated by the validations in the log of a resumed run
+    :param validates_first: whether the run begins with the validation of its iteration
     """
 
     def keep(record):
         """Tell whether a record of an earlier log is still true after resuming from a checkpoint."""
         logged_at = record.get("iteration", 0)
         if record["event"] == "validation" and validates_first:
-            return logged_at < iteration
+            return logged_at < progress["iteration"]
         is_extra = record["event"] == "train" and logged_at % settings.log_every != 0  # made at the end of a run
-        return logged_at <= iteration and not is_extra
+        return logged_at <= progress["iteration"] and not is_extra
 
     if rank() == 0:
         make_folder(settings.output_folder)
@@ -541,9 +539,12 @@ def prepare_output(settings, dataset, model, precision, iteration, validates_fir
             half_written = os.path.join(glob.escape(settings.output_folder), f"{name}.*.tmp")
             for path in glob.glob(half_written):  # of an earlier run that was killed
                 os.remove(path)
-    description = describe_run(vars(settings), list(model.label_map), precision)
+    description = runlog.describe_run(vars(settings), list(model.label_map), precision)
     keep_records = keep if settings.resume else None
-    log = RunLog(settings.output_folder, description, keep_records, settings.tensorboard, iteration)
+    log = runlog.RunLog(
+        settings.output_folder, description, keep_records, settings.tensorboard, progress["iteration"]
+    )  # fmt: skip
+    runlog.take_in_validations(progress, log.kept)
     if rank() == 0:
         print(json.dumps(description, indent=2))
         print(f"{len(dataset)} images, {count_epochs(settings, dataset):.1f} epochs", flush=True)
@@ -573,7 +574,7 @@ def save_run(settings, model, optimizer, scaler, data, progress, name, must=Fals
         message = f"{path}: iteration {progress['iteration']} cannot be saved ({reason}); the earlier file is kept"
         if must:
             raise InputError(f"{message}; make room, then continue with --resume") from error
-        warn(f"{message}; training goes on")
+        runlog.warn(f"{message}; training goes on")
 
 
 def dry_run(settings, step, train_loader, test_loader, model, criterion, precision):
@@ -588,7 +589,7 @@ def dry_run(settings, step, train_loader, test_loader, model, criterion, precisi
         waited, asked = started - asked, time.perf_counter()
         seconds = asked - started
         say(f"step in {seconds:.2f} s, after {waited:.2f} s for its images; loss {sum(loss[:2]):.3f}")
-    if test_loader:
+    if test_loader is not None:
         one_batch = list(itertools.islice(test_loader, 1))
         result = validate(one_batch, model, criterion, precision, settings.validate_map)
         say("validation of a batch: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
@@ -622,6 +623,7 @@ def say_what_is_next(settings, complete):
     """Print the commands that continue from a run."""
     checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
     if not complete:
+        checkpoint = checkpoint if os.path.exists(checkpoint) else settings.resume  # resumed into another folder
         print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
         return
     if settings.sample and not torch.cuda.is_available():

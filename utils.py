@@ -351,7 +351,7 @@ def calculate_mAP(
 
 
 class Curve(NamedTuple):
-    """The detections of one class, best first, without those of difficult objects; what is not right is a mistake."""
+    """The detections of one class, best first. Detections of difficult objects are left out."""
 
     precision: np.ndarray  # (d,) float64, up to and including each detection
     recall: np.ndarray  # (d,) float64, likewise

@@ -205,17 +205,20 @@ def _sort_key(name, prefixes):
     return prefix, [int(number) for number in re.findall(r"\d+", name)], name.endswith("bias")
 
 
-def read_base(path, parameter_names):
+def read_base(path, parameters):
     """Return the state dict of the base network in a file: the paper's reduced VGG-16, vgg16_reducedfc.pth.
 
-    :param parameter_names: of our base network, in its order
+    :param parameters: state dict of our base network, for its names, their order and the shapes
     :raises InputError: naming the file, if it holds anything else than weights with names 0.weight ... 33.bias
     """
     expected = "vgg16_reducedfc.pth, the reduced VGG-16 with names 0.weight ... 33.bias"
     contents = _read(path, expected)
     try:
         names = sorted(contents, key=lambda name: _sort_key(name, ("",)))
-        return {ours: contents[theirs].float() for ours, theirs in zip(parameter_names, names, strict=True)}
+        weights = {ours: contents[theirs].float() for ours, theirs in zip(parameters, names, strict=True)}
+        if any(weights[name].shape != value.shape for name, value in parameters.items()):
+            raise ValueError("weights of other shapes")
+        return weights
     except Exception as error:  # a file may hold anything
         raise InputError(f"{path}: not the reduced VGG-16; expected {expected}") from error
 

@@ -1,4 +1,4 @@
-"""Looking at a data set before training on it: what is wrong with it, and what the network gets to see.
+"""Checks of a data set before training, and a preview of its training samples.
 
 splits = read_annotations(read_split("VOC2007", "trainval"), read_split("VOC2007", "test"))
 breaking, odd, overlaps = check(splits, label_map, priors, jaccard_overlap, with_images=True)
@@ -92,9 +92,9 @@ def _check_images(splits, odd):
 
 
 class _ImageFacts(list):
-    """A list of image paths, which gives for an index the image's size, digest and problem; None for what is unknown.
+    """A data set of image paths. Item i is (size, digest, problem) of image i; unknown values are None.
 
-    As a list it is a data set, so that a DataLoader reads the images in several processes.
+    As a data set it is read by a DataLoader, in several processes.
     """
 
     def __getitem__(self, index):

@@ -11,6 +11,7 @@ import datetime
 import itertools
 import os
 import signal
+from contextlib import contextmanager
 
 import torch
 from torch import distributed
@@ -133,10 +134,20 @@ def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+@contextmanager
+def _communicating():
+    """Turn the failure of another process, which breaks the connection, into an InputError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError("another process failed; its message says why") from error
+
+
 def sum_over_processes(tensor):
     """Sum a tensor over all processes, in place, and return it."""
     if n_processes() > 1:
-        distributed.all_reduce(tensor)
+        with _communicating():
+            distributed.all_reduce(tensor)
     return tensor
 
 
@@ -145,7 +156,8 @@ def gather_over_processes(items):
     if n_processes() == 1:
         return items
     lists = [None] * n_processes()
-    distributed.all_gather_object(lists, items)
+    with _communicating():
+        distributed.all_gather_object(lists, items)
     missing = object()
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*lists, fillvalue=missing))
     return [item for item in in_turn if item is not missing]

@@ -30,16 +30,19 @@ class RunLog:
     :param description: first record, as `describe_run` returns it
     :param keep: function of a record that tells whether to keep it of an earlier log; None starts a new log
     :param tensorboard: whether to log to TensorBoard, too
-    :param iteration: number of updates made so far; TensorBoard hides what was logged after it
+    :param iteration: number of updates made so far
     """
 
     def __init__(self, folder, description, keep=None, tensorboard=False, iteration=0):
         self.path, self.board = os.path.join(folder, "log.jsonl"), None
+        earlier = read_log(folder) if keep else []
+        self.kept = [record for record in earlier if keep(record)]  # what a resumed run goes on from
+        # TensorBoard hides what was logged after `iteration`; what is repeated at it would be shown twice.
+        self.on_board = {(record["event"], iteration) for record in earlier if record.get("iteration") == iteration}
         if rank() > 0:
             return
-        records = [record for record in read_log(folder) if keep(record)] if keep else []
         with atomic_writer(self.path) as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in [*records, description])
+            file.writelines(json.dumps(record).encode() + b"\n" for record in [*self.kept, description])
         if tensorboard:
             board_folder = os.path.join(folder, "tensorboard")
             if not keep:
@@ -58,7 +61,7 @@ class RunLog:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            if self.board:
+            if self.board and (record["event"], record["iteration"]) not in self.on_board:
                 for name in record.keys() - {"event", "iteration"}:
                     self.board.add_scalar(f"{record['event']}/{name}", record[name], record["iteration"])
                 for title, picture in pictures:
@@ -79,6 +82,14 @@ def read_log(folder):
             with suppress(ValueError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "event" in record]
+
+
+def take_in_validations(progress, records):
+    """Update "best_loss" and "best_map" of a resumed run by the log: its checkpoint was saved before its validation."""
+    for record in records:
+        if record["event"] == "validation":
+            progress["best_loss"] = min(progress["best_loss"], record["loss"])
+            progress["best_map"] = max(progress["best_map"], record.get("mAP_11_point", -1.0))
 
 
 def import_tensorboard():

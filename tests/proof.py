@@ -215,6 +215,7 @@ def prove(system, settings, common):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elapsed = time.perf_counter() - started
+    scores = evaluate(model, detect, settings, common["test_images"])  # all processes share the images
     if rank() > 0:
         return None
     return {
@@ -222,7 +223,7 @@ def prove(system, settings, common):
         "event": "proof", "system": system, "seed": settings.seed, "conditions": common,
         "training_seconds": elapsed, "images_per_second": settings.iterations * settings.batch_size / elapsed,
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        **evaluate(model, detect, settings, common["test_images"]),
+        **scores,
     }  # fmt: skip
 
 

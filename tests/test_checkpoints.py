@@ -254,6 +254,9 @@ def test_training_starts_from_the_reduced_vgg_with_its_input_normalisation(tmp_p
     assert (seen[0] - pixels).abs().max() < 1e-3
     message = run("train.py", *command, "--iterations", 1, "--base", tmp_path / "out", "--overwrite", status=2)
     assert "out: not the reduced VGG-16" in message
+    torch.save({name: torch.zeros(2) for name in weights}, tmp_path / "shapes")
+    message = run("train.py", *command, "--iterations", 1, "--base", tmp_path / "shapes", "--overwrite", status=2)
+    assert "shapes: not the reduced VGG-16" in message
 
 
 def test_class_filters_are_copied_by_class_name():
@@ -354,6 +357,9 @@ BAD = {
     "no labels": lambda path, weights: torch.save({"format": "ssd300-1", "model": weights}, path),
     "wrong labels": lambda path, weights: torch.save(
         {"format": "ssd300-1", "model": weights, "label_map": label_map, "priors": "paper", "pixel_mean": None}, path
+    ),
+    "unknown priors": lambda path, weights: torch.save(
+        {"format": "ssd300-1", "model": weights, "label_map": label_map, "priors": "x", "pixel_mean": None}, path
     ),
     "hostile labels": lambda path, weights: torch.save(
         {"format": "ssd300-1", "model": weights, "label_map": [1], "priors": {}, "pixel_mean": "x"}, path

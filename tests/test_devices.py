@@ -20,6 +20,7 @@ from support.devices import (
     gather_over_processes,
     make_deterministic,
     mixed_precision,
+    sum_over_processes,
 )
 from support.files import InputError
 
@@ -137,6 +138,18 @@ def test_items_gathered_over_processes_have_the_order_of_a_single_process(length
     monkeypatch.setattr("support.devices.n_processes", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, own: out.__setitem__(slice(None), lists))
     assert gather_over_processes(lists[0]) == sorted(lists[0] + lists[1])
+
+
+def test_the_failure_of_another_process_is_one_line(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Connection closed by peer\nand much more")
+
+    monkeypatch.setattr("support.devices.n_processes", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", fail)
+    monkeypatch.setattr("torch.distributed.all_gather_object", fail)
+    for communicate in (lambda: sum_over_processes(torch.zeros(1)), lambda: gather_over_processes([])):
+        with pytest.raises(InputError, match="^another process failed; its message says why$"):
+            communicate()
 
 
 @needs_gpu

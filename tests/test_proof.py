@@ -171,3 +171,16 @@ def test_figures_are_summarised_as_mean_and_range_over_seeds():
     assert summary["ours"]["mAP_area"] == {"mean": 0.625, "low": 0.5, "high": 0.75, "seeds": 2}
     assert "peak_memory" not in summary["ours"]
     assert summary["torchvision"]["peak_memory"] == {"mean": 3.0, "low": 3.0, "high": 3.0, "seeds": 1}
+
+
+def test_every_process_takes_part_in_the_evaluation_and_the_first_returns_the_results(monkeypatch):
+    model = argparse.Namespace(label_map={"background": 0})
+    evaluated = []
+    monkeypatch.setattr(proof, "train_ours", lambda settings: model)
+    monkeypatch.setattr(proof, "evaluate", lambda *_: evaluated.append(1) or {"mAP_11_point": 0.5})
+    settings = argparse.Namespace(precision="fp32", seed=0, iterations=1, batch_size=1)
+    for number in (0, 1):
+        monkeypatch.setattr(proof, "rank", lambda number=number: number)
+        result = proof.prove("ours", settings, {"test_images": None})
+        assert (result is None) == (number == 1)
+    assert len(evaluated) == 2

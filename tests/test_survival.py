@@ -99,7 +99,9 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(sample, uni
     kills = 0
     for moment in [*moments, None]:
         inode = checkpoint.stat().st_ino if checkpoint.exists() else None
-        if inode and read_checkpoint(checkpoint)["iteration"] == 4:  # a checkpoint is always readable
+        logged = [(record["event"], record.get("iteration")) for record in read_log(tmp_path)]
+        is_finished = inode and read_checkpoint(checkpoint)["iteration"] == 4  # a checkpoint is always readable
+        if is_finished and ("validation", 4) in logged:
             break
         arguments = ("--resume", checkpoint) if inode else ("--data-folder", sample, *RECIPE, *EXTRAS)
         script = Script("train.py", *arguments, "--output-folder", tmp_path)
@@ -317,9 +319,16 @@ def test_tensorboard_shows_the_log_without_records_that_a_resumed_run_repeats(ru
     log = run.log(tensorboard=True)
     assert not earlier.exists()
     assert (tmp_path / "tensorboard" / "notes").exists()
-    for iteration in (1, 2, 3):
+    for iteration in (1, 2):
         log.append({"event": "train", "iteration": iteration, "loss": 10.0 - iteration})
-    log = run.log(tensorboard=True, keep=lambda record: record.get("iteration", 0) <= 2, iteration=2)
+    log.append({"event": "validation", "iteration": 2, "loss": 7.0})
+    log.append({"event": "train", "iteration": 3, "loss": 7.0})
+
+    def keep(record):
+        return record.get("iteration", 0) < 2 or record == {"event": "train", "iteration": 2, "loss": 8.0}
+
+    log = run.log(tensorboard=True, keep=keep, iteration=2)
+    log.append({"event": "validation", "iteration": 2, "loss": 7.0})  # repeated
     log.append({"event": "train", "iteration": 3, "loss": 6.0})
     validation = {"event": "validation", "iteration": 3, "loss": 5.0, "mAP_11_point": 0.25}
     log.append(validation, train.example_pictures(run.model, test_set))
@@ -328,10 +337,34 @@ def test_tensorboard_shows_the_log_without_records_that_a_resumed_run_repeats(ru
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 6.0)]
     assert [event.value for event in board.Scalars("validation/mAP_11_point")] == [0.25]
+    assert [(event.step, event.value) for event in board.Scalars("validation/loss")] == [(2, 7.0), (3, 5.0)]
+    assert [record.get("loss") for record in read_log(tmp_path)] == [None, 9.0, 8.0, None, 7.0, 6.0, 5.0]
     assert board.Tags()["images"] == [f"test image {number}" for number in range(3)]
     (shown,) = board.Images("test image 0")
     with Image.open(test_set.images[0]) as image:
         assert (shown.width, shown.height, shown.step) == (2 * image.width, image.height, 3)
+
+
+def test_a_resumed_run_keeps_its_best_network_also_from_a_validation_off_the_grid(sample, tmp_path):
+    """The last validation of a run is newer than its last checkpoint, and a longer run does not repeat it."""
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--validate-every", 2)
+    run_train(*arguments, "--iterations", 1)
+    log = tmp_path / "log.jsonl"
+    records = [record | ({"loss": 0.5} if record["event"] == "validation" else {}) for record in read_log(tmp_path)]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))  # as if it had been very good
+    run_train("--resume", tmp_path / "checkpoint.pth", "--iterations", 2)
+    assert [record["iteration"] for record in read_log(tmp_path) if record["event"] == "validation"] == [1, 2]
+    assert read_checkpoint(tmp_path / "best.pth")["iteration"] == 1
+
+
+def test_a_dry_run_validates_also_in_a_process_without_test_images(run, monkeypatch):
+    """The other processes have some, and wait for it."""
+    validated = []
+    monkeypatch.setattr(train, "validate", lambda loader, *_: validated.append(list(loader)) or {"loss": 1.0})
+    loader = train.training_loader(run.settings, run.dataset, 0, CPU)
+    no_images = evaluation_loader(torch.utils.data.Subset(run.dataset, []), 1, 0, CPU)
+    train.dry_run(run.settings, lambda *_: torch.ones(3), loader, no_images, run.model, run.criterion, "fp32")
+    assert validated == [[]]
 
 
 def test_a_log_keeps_complete_records_that_are_still_valid(tmp_path):
@@ -364,7 +397,6 @@ def test_validation_by_map_needs_a_test_split_with_ground_truth(sample, tmp_path
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_is_an_error_only_at_the_end(run, tmp_path, monkeypatch):
     printed = []
-    monkeypatch.setattr(train, "warn", printed.append)
     monkeypatch.setattr(runlog, "warn", printed.append)
     run.save()
     before = (tmp_path / "checkpoint.pth").read_bytes()
