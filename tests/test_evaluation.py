@@ -489,7 +489,7 @@ def test_a_pass_that_any_process_was_asked_to_end_has_no_result(own):
     assert eval_script.detect_all(loader, Untouched(), limits=None, interruption=Asked()) is None
 
 
-def test_the_limits_of_the_command_line_are_heeded_and_told(tiny, tmp_path, run):
+def test_the_limits_of_the_command_line_are_applied_and_printed(tiny, tmp_path, run):
     arguments = ("--data-folder", tiny / "data", "--checkpoint", tiny / "model.pth", "--workers", 0)
     limits = ("--min-score", 0.02, "--max-overlap", 0.3, "--top-k", 7)
     written = ("--results", tmp_path / "results.json", "--detections", tmp_path / "detections.json")
