@@ -17,7 +17,8 @@ from datasets import PascalVOCDataset
 from model import MultiBoxLoss, create_prior_boxes, split_by_feature_map
 from support.checks import check, preview, print_problems
 from support.download import download_voc
-from support.files import InputError, atomic_writer, read_text, run_command
+from support.files import InputError, read_text, run_command
+from support.images import write_image
 from support.sample import SAMPLE_LABELS, make_sample
 from support.voc import (
     check_label_map,
@@ -194,8 +195,7 @@ def write_preview(folder, n, seed):
     dataset = PascalVOCDataset(folder, "TRAIN", keep_difficult=True)
     picture = preview(dataset, n, MultiBoxLoss(create_prior_boxes()), IMAGENET_MEAN, IMAGENET_STD, seed)
     path = os.path.join(folder, "preview.jpg")
-    with atomic_writer(path) as file:
-        picture.save(file, "JPEG", quality=90)
+    write_image(picture, path, quality=90)
     return path
 
 

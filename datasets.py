@@ -5,6 +5,7 @@ sampler = TrainingSampler(len(dataset), batch_size=32, seed=0, stop=120_000)
 loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, num_workers=8)
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -59,8 +60,9 @@ class PascalVOCDataset(Dataset):
         with open_image(self.images[index]) as image:
             return transform(image, boxes, labels, difficulties, self.mode, rng)
 
+    @functools.cached_property
     def fingerprint(self):
-        """Return a digest of the images' names and their objects, which tells one data set from another."""
+        """A digest of the images' names and their objects, which tells one data set from another."""
         names = [os.path.basename(path) for path in self.images]
         return hashlib.sha256(json.dumps([names, self.objects]).encode()).hexdigest()
 

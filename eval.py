@@ -143,16 +143,16 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
     figures = {"waiting_seconds": 0.0, "network_seconds": 0.0, "post_processing_seconds": 0.0}
     loss_sums = torch.zeros(2, device=device)  # loss times positives, positives
     batches = []  # for each batch, six lists with one array per image: arrays travel faster than tensors
-    title = "validating" if criterion else "evaluating"
+    title, wait = ("validating", False) if criterion else ("evaluating", True)
     bar = tqdm(loader, title, unit="batch", leave=criterion is None, disable=rank() > 0 or None)
     requested = time.perf_counter()
     for images, *targets in batches_on(device, bar):
         if interruption and interruption.requested:
             break
-        started = _now(device)
+        started = _now(device, wait)
         with mixed_precision(precision, device):
             predictions = model(images)
-        predicted = _now(device)
+        predicted = _now(device, wait)
         if criterion:
             confidence, localization, n_positives = criterion.parts(*predictions, *targets[:2])
             loss = confidence + criterion.alpha * localization
@@ -162,7 +162,7 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
             batches.append([[tensor.cpu().numpy() for tensor in part] for part in results])
         figures["waiting_seconds"] += started - requested
         figures["network_seconds"] += predicted - started
-        requested = _now(device)
+        requested = _now(device, wait)
         figures["post_processing_seconds"] += requested - predicted
     if interruption and interruption.agreed():
         return None
@@ -175,9 +175,9 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
     return parts[:3], parts[3:], figures
 
 
-def _now(device):
-    """Return the time in seconds after the GPU has finished its work."""
-    if device.type == "cuda":
+def _now(device, wait):
+    """Return the time in seconds, if `wait` after the GPU has finished its work; validation goes on without waiting."""
+    if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 

@@ -31,6 +31,7 @@ from support.checkpoints import CAFFE_MEAN, load_optimizer, read_base, read_chec
 from support.devices import (
     PRECISIONS,
     Interruption,
+    any_process,
     batches_on,
     choose_precision,
     compile_network,
@@ -257,7 +258,7 @@ def check_same_run(checkpoint, settings, dataset):
             f"{settings.resume}: its classes ({', '.join(checkpoint['label_map'])}) are not those of "
             f"{settings.data_folder} ({', '.join(dataset.label_map)}); resume on the same data"
         )
-    if checkpoint.get("data") not in (None, dataset.fingerprint()):
+    if checkpoint.get("data") not in (None, dataset.fingerprint):
         raise InputError(f"{settings.resume}: trained on other images than those of {settings.data_folder}")
     for name, value in vars(settings).items():
         earlier = checkpoint["settings"].get(name)
@@ -324,7 +325,7 @@ def train(settings):
     # A checkpoint is saved before the validation of its iteration, so a resumed run begins with that.
     validate_now = validation_is_missing(settings, progress["iteration"])
     log = prepare_output(settings, dataset, model, precision, progress, validate_now)
-    save = partial(save_run, settings, model, optimizer, scaler, dataset.fingerprint(), progress)
+    save = partial(save_run, settings, dataset, model, optimizer, scaler, progress)
     validation = partial(validate_and_keep_best, test_loader, model, criterion, precision, log, save, progress)
     todo = {"total": settings.iterations, "initial": progress["iteration"], "disable": rank() > 0 or None}
     with tqdm(**todo, desc="training", unit="it") as bar, Interruption() as interruption:
@@ -484,7 +485,7 @@ def validation_is_missing(settings, iteration):
         return True
     records = runlog.read_log(settings.output_folder)  # which only process 0 is sure to have
     logged = any(record["event"] == "validation" and record.get("iteration") == iteration for record in records)
-    return bool(sum_over_processes(torch.tensor(int(rank() == 0 and not logged))))
+    return any_process(rank() == 0 and not logged)
 
 
 def example_pictures(model, test_set, n=4):
@@ -540,10 +541,8 @@ def prepare_output(settings, dataset, model, precision, progress, validates_firs
             for path in glob.glob(half_written):  # of an earlier run that was killed
                 os.remove(path)
     description = runlog.describe_run(vars(settings), list(model.label_map), precision)
-    keep_records = keep if settings.resume else None
-    log = runlog.RunLog(
-        settings.output_folder, description, keep_records, settings.tensorboard, progress["iteration"]
-    )  # fmt: skip
+    kept = keep if settings.resume else None
+    log = runlog.RunLog(settings.output_folder, description, kept, settings.tensorboard, progress["iteration"])
     runlog.take_in_validations(progress, log.kept)
     if rank() == 0:
         print(json.dumps(description, indent=2))
@@ -556,10 +555,10 @@ def count_epochs(settings, dataset):
     return settings.iterations * settings.batch_size / len(dataset)
 
 
-def save_run(settings, model, optimizer, scaler, data, progress, name, must=False):
+def save_run(settings, dataset, model, optimizer, scaler, progress, name, must=False):
     """Save a checkpoint in the output folder. If the disk is full, the earlier file is kept.
 
-    :param data: fingerprint of the training set
+    :param dataset: the training set, whose fingerprint is saved
     :param name: of the file
     :param must: raise InputError if it cannot be written, instead of warning
     """
@@ -568,7 +567,7 @@ def save_run(settings, model, optimizer, scaler, data, progress, name, must=Fals
     path = os.path.join(settings.output_folder, name)
     training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "settings": vars(settings)}
     try:
-        save_checkpoint(path, model, {**training, **progress, "data": data})
+        save_checkpoint(path, model, {**training, **progress, "data": dataset.fingerprint})
     except (OSError, RuntimeError) as error:  # torch.save raises either if the disk is full
         reason = getattr(error, "strerror", None) or "PyTorch could not write it, the disk may be full"
         message = f"{path}: iteration {progress['iteration']} cannot be saved ({reason}); the earlier file is kept"

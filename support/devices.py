@@ -151,6 +151,11 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def any_process(flag):
+    """Return whether a flag is set in any process: the same answer in all of them, which must call this together."""
+    return bool(sum_over_processes(torch.tensor(int(flag))))
+
+
 def gather_over_processes(items):
     """Return the items of all processes' lists: the first item of each process, then the second of each, and so on."""
     if n_processes() == 1:
@@ -189,7 +194,7 @@ class Interruption:
 
     def agreed(self):
         """Return whether any process was interrupted. All processes must call this together."""
-        return bool(sum_over_processes(torch.tensor(int(self.requested))))
+        return any_process(self.requested)
 
 
 def ignore_signals(_worker=None):

@@ -72,14 +72,15 @@ def upright_rgb(image):
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def write_image(image, path):
+def write_image(image, path, **options):
     """Write a PIL image, whole or not at all, in the format of the path's suffix, one of WRITABLE_FORMATS.
 
+    :param options: of PIL's writer of that format, such as quality
     :raises InputError: naming the path, if it cannot be written, or the format cannot hold that many pixels
     """
     try:
         with atomic_writer(path) as file:
-            image.save(file, WRITABLE_FORMATS[os.path.splitext(path)[1].lower()])
+            image.save(file, WRITABLE_FORMATS[os.path.splitext(path)[1].lower()], **options)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be written ({reason}); use another path or another suffix") from error

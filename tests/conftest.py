@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -77,6 +78,23 @@ class Script:
         stdout, stderr = (Path(path).read_text() for path in self.outputs)
         assert self.process.exitcode == status, stdout + stderr
         return stdout, stderr
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone")
+
+
+def launch(*command, status=0, **options):
+    """Run Python with a command line; check its exit status, return what it prints on standard output and error."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONGEST_WAIT,
+        **options,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def conditions(settings, arguments):
     """Return the conditions that compared trainings must share."""
     common = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
     return {
-        **common, "data": train.training_set(settings).fingerprint(), "test_images": arguments.test_images,
+        **common, "data": train.training_set(settings).fingerprint, "test_images": arguments.test_images,
         "hardware": name_hardware(), "torch": torch.__version__, "torchvision": torchvision.__version__,
     }  # fmt: skip
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import LONGEST_WAIT, ROOT
+from conftest import ROOT, TORCHRUN, launch
 from PIL import Image
 
 import eval as eval_script
@@ -505,20 +504,12 @@ def test_the_limits_of_the_command_line_are_applied_and_printed(tiny, tmp_path, 
 def test_two_processes_evaluate_as_one(tiny, tmp_path):
     """Three batches of five images: two for one process, one for the other."""
     results, printed = {}, {}
-    for name, launcher in (
-        ("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"])
-    ):  # fmt: skip
-        done = subprocess.run(
-            [
-                sys.executable, *launcher, str(ROOT / "eval.py"), "--data-folder", str(tiny / "data"), "--workers", "0",
-                "--checkpoint", str(tiny / "model.pth"), "--batch-size", "2", "--results", str(tmp_path / name),
-                "--bootstrap", "20",
-            ],
-            check=False, capture_output=True, text=True, timeout=LONGEST_WAIT,
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        printed[name], _ = launch(
+            *launcher, ROOT / "eval.py", "--data-folder", tiny / "data", "--workers", 0, "--checkpoint",
+            tiny / "model.pth", "--batch-size", 2, "--results", tmp_path / name, "--bootstrap", 20,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        printed[name] = done.stdout
         results[name] = json.loads(Path(tmp_path / name).read_text())
     one, two = results["one"], results["two"]
     assert [one.pop("processes"), two.pop("processes")] == [1, 2]

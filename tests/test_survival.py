@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LONGEST_WAIT, Script
+from conftest import LONGEST_WAIT, TORCHRUN, Script, launch
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -30,19 +29,7 @@ TRAIN = str(Path(train.__file__))
 ROOT = Path(TRAIN).parent
 RECIPE = ("--no-pretrained", "--batch-size", 1, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
           "--iterations", 4, "--checkpoint-every", 1, "--deterministic")  # fmt: skip
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone")
 EXTRAS = ("--validate-every", 4, "--validate-map", "--tensorboard")
-
-
-def launch(*launcher_and_arguments, status=0, **options):
-    """Run Python with a launcher, a script and its arguments; return all output."""
-    command = [sys.executable, *map(str, launcher_and_arguments)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=LONGEST_WAIT,
-        **options,
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout
-    return done.stdout
 
 
 def run_train(*arguments, status=0, **options):
@@ -140,7 +127,7 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_continue(number, sam
     """The signal also reaches the data-loading workers, as one from a terminal or a scheduler does."""
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS, "--checkpoint-every", 100)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SIGNAL": str(int(number))}
-    printed = launch("-c", SIGNALLED, TRAIN, *arguments, env=environment, start_new_session=True)
+    printed = "".join(launch("-c", SIGNALLED, TRAIN, *arguments, env=environment, start_new_session=True))
     checkpoint = tmp_path / "checkpoint.pth"
     assert f"continue with: python train.py --resume {checkpoint}" in printed
     assert read_checkpoint(checkpoint)["iteration"] == 2
@@ -177,9 +164,8 @@ class Started:
         self.criterion = train.MultiBoxLoss(self.model.priors_cxcy)
 
     def save(self, name="checkpoint.pth", **options):
-        data = self.dataset.fingerprint()
         train.save_run(
-            self.settings, self.model, self.optimizer, self.scaler, data, self.progress, name, **options
+            self.settings, self.dataset, self.model, self.optimizer, self.scaler, self.progress, name, **options
         )  # fmt: skip
 
     def log(self, **options):
@@ -249,7 +235,7 @@ run_command(train.main)
 def test_an_interrupted_validation_is_repeated_after_resuming(sample, uninterrupted, tmp_path):
     arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, *EXTRAS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    printed = launch("-c", INTERRUPTED_VALIDATION, TRAIN, *arguments, env=environment)
+    printed = "".join(launch("-c", INTERRUPTED_VALIDATION, TRAIN, *arguments, env=environment))
     assert f"continue with: python train.py --resume {tmp_path / 'checkpoint.pth'}" in printed
     assert not (tmp_path / "best.pth").exists()
     assert logged_losses(tmp_path)[-1]["event"] == "train"
@@ -481,7 +467,7 @@ def test_two_processes_make_the_same_updates_as_one(sample, tmp_path):
     (data / "TRAIN_objects.json").write_text(json.dumps(objects))
     arguments = ("--data-folder", data, *RECIPE, "--batch-size", 3, "--iterations", 3, "--workers", 0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    printed = launch(*TORCHRUN, TRAIN, *arguments, "--output-folder", tmp_path / "two", env=environment)
+    printed = "".join(launch(*TORCHRUN, TRAIN, *arguments, "--output-folder", tmp_path / "two", env=environment))
     assert printed.count("trained: ") == 1
     run_train(*arguments, "--output-folder", tmp_path / "one")
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
@@ -539,7 +525,7 @@ def test_two_processes_compute_the_same_validation_as_one(tmp_path):
     results = []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for launcher in ((), TORCHRUN):
-        printed = launch(*launcher, script, tmp_path / "data", env=environment)
+        printed, _ = launch(*launcher, script, tmp_path / "data", env=environment)
         results.append([json.loads(line[7:]) for line in printed.splitlines() if line.startswith("RESULT ")])
     (one,), two = results
     assert one[0] == 5
@@ -559,7 +545,7 @@ def test_a_failing_process_stops_the_others(sample, tmp_path):
     Path(broken).write_bytes(Path(broken).read_bytes()[:-30])
     (data / "TRAIN_images.json").write_text(json.dumps(images))
     arguments = ("--data-folder", data, "--output-folder", tmp_path / "run", *RECIPE, "--batch-size", 2, "--workers", 0)
-    printed = launch(*TORCHRUN, TRAIN, *arguments, status=1, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    printed = "".join(launch(*TORCHRUN, TRAIN, *arguments, status=1, env={**os.environ, "OMP_NUM_THREADS": "1"}))
     assert f"error: {broken}: cannot read this image" in printed
 
 
