@@ -19,18 +19,10 @@ from support.checks import check, preview, print_problems
 from support.download import download_voc
 from support.files import InputError, read_text, run_command
 from support.images import write_image
+from support.labels import check_label_map, label_map, label_names, make_label_map
+from support.lists import label_objects, write_data_lists
 from support.sample import SAMPLE_LABELS, make_sample
-from support.voc import (
-    check_label_map,
-    label_map,
-    label_names,
-    label_objects,
-    make_label_map,
-    read_annotations,
-    read_split,
-    split_at_random,
-    write_data_lists,
-)
+from support.voc import read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap
 
 

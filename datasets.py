@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from support.images import open_image
-from support.voc import read_data_lists
+from support.lists import read_data_lists
 from utils import transform
 
 

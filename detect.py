@@ -22,7 +22,8 @@ from support.devices import batches_on, choose_precision, count_cores, find_devi
 from support.export import export_onnx
 from support.files import InputError, atomic_writer, check_outputs, encode_json, make_folder, run_command
 from support.images import WRITABLE_FORMATS, draw_boxes, read_image, tile, upright_rgb, write_image
-from support.voc import IMAGE_SUFFIXES, label_color_map, label_names
+from support.labels import label_color_map, label_names
+from support.voc import IMAGE_SUFFIXES
 from utils import IMAGE_SIZE, cxcy_to_xy, transform
 
 BATCH_SIZE = 8  # images

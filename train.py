@@ -47,8 +47,8 @@ from support.devices import (
 )
 from support.files import DivergenceError, InputError, check_outputs, make_folder, run_command
 from support.images import draw_boxes, read_image
+from support.labels import label_color_map, label_names
 from support.sample import make_sample
-from support.voc import label_color_map, label_names
 from utils import IMAGE_SIZE, calculate_mAP
 
 RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl")  # in the output folder

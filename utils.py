@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from support.files import InputError
 from support.images import decoding, upright_rgb
-from support.voc import create_data_lists, label_color_map, label_map, make_label_map, parse_annotation, voc_labels  # noqa: F401
+from support.labels import label_color_map, label_map, make_label_map, voc_labels  # noqa: F401
+from support.voc import create_data_lists, parse_annotation  # noqa: F401
 
 rev_label_map = {index: name for name, index in label_map.items()}
 

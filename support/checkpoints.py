@@ -16,8 +16,8 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 
 from support.download import fetch_weights
 from support.files import InputError, atomic_writer
-from support.voc import check_label_map, make_label_map
-from support.voc import label_map as voc_label_map
+from support.labels import check_label_map, make_label_map
+from support.labels import label_map as voc_label_map
 
 FORMAT = "ssd300-1"  # changes when older files can no longer be read
 KNOWN_SYSTEMS = "an SSD300 of this code, the public PyTorch tutorial, ssd.pytorch or torchvision"

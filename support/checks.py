@@ -19,7 +19,8 @@ from tqdm import tqdm
 from support.devices import count_cores
 from support.files import InputError
 from support.images import draw_boxes, read_image, tile
-from support.voc import UNREADABLE_IMAGE, find_problems, label_color_map, label_names
+from support.labels import label_color_map, label_names
+from support.lists import UNREADABLE_IMAGE, find_problems
 
 N_SHOWN = 5  # lines to print of each problem
 TILE = 420  # side of a preview's pictures, pixels

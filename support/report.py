@@ -14,8 +14,8 @@ import torch
 
 from support.files import import_optional, make_folder, read_text, write_files
 from support.images import draw_boxes, read_image
+from support.labels import label_names
 from support.results import CLASS_COLUMNS, CLASS_NOTE, class_rows, pixel_boxes, show_scores, summarize
-from support.voc import label_names
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "report.html")
 N_SHOWN = 24  # mistakes of each kind, and confusions

@@ -17,7 +17,7 @@ from PIL import ExifTags
 
 from support.files import InputError, import_optional, make_folder, read_json, write_files
 from support.images import open_image
-from support.voc import label_names
+from support.labels import label_names
 
 # ---------------------------------------------------------------------------------------------------------
 # Images

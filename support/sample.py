@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from support.files import InputError, make_folder, read_json
-from support.voc import create_data_lists, make_label_map
+from support.labels import make_label_map
+from support.voc import create_data_lists
 
 SAMPLE_LABELS = ("disc", "rectangle", "triangle", "star", "ring")
 SAMPLE_SIZES = ((320, 240), (240, 320), (300, 300), (400, 300))  # (width, height) of images, pixels

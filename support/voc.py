@@ -1,82 +1,29 @@
-"""Class labels, and the lists of images and objects that are made from folders in Pascal VOC's layout.
+"""Folders in Pascal VOC's layout: their splits and annotations, and the lists that are made from them.
 
 create_data_lists([("VOCdevkit/VOC2007", "trainval")], [("VOCdevkit/VOC2007", "test")], "data/voc")
-images, objects, label_map = read_data_lists("data/voc", "TRAIN")
 """
 
-import colorsys
 import math
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 
 import numpy as np
 from tqdm import tqdm
 
-from support.files import InputError, make_folder, read_json, read_text, write_json
-
-# ---------------------------------------------------------------------------------------------------------
-# Labels
-# ---------------------------------------------------------------------------------------------------------
-
-# The 20 classes of Pascal VOC, in the order of the development kit.
-voc_labels = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
-
-
-def make_label_map(labels):
-    """Return class name -> index for a sequence of names: background is 0, the first name 1."""
-    return {"background": 0} | {name: index for index, name in enumerate(labels, start=1)}
-
-
-label_map = make_label_map(voc_labels)
-
-
-def label_names(label_map):
-    """Return index -> class name of a label map."""
-    return {index: name for name, index in label_map.items()}
-
-
-def check_label_map(label_map, source):
-    """Raise InputError that names `source` unless `label_map` is {name: index}, background 0, no gaps."""
-    if (
-        not isinstance(label_map, dict)
-        or label_map.get("background") != 0
-        or not all(type(name) is str and type(index) is int for name, index in label_map.items())
-        or sorted(label_map.values()) != list(range(len(label_map)))
-        or len(label_map) < 2
-    ):
-        raise InputError(f'{source}: not a label map such as {{"background": 0, "cat": 1, "dog": 2}}; correct it')
-
-
-def label_color_map(label_map):
-    """Return class name -> (red, green, blue), 0-255: colours far apart, the same for an index at every call."""
-    tones = [(saturation, value) for value in (1, 0.65) for saturation in (1, 0.5)]
-    candidates = 255 * np.array([colorsys.hsv_to_rgb(hue / 72, *tone) for tone in tones for hue in range(72)])
-    distances = np.full(len(candidates), np.inf)  # from each candidate to the nearest colour chosen so far, squared
-    colors = []
-    for _ in range(min(len(label_map), len(candidates))):
-        color = candidates[distances.argmax()]
-        colors.append(tuple(color.round().astype(int).tolist()))
-        # The weights of red, green and blue approximate how well the eye tells them apart.
-        distances = np.minimum(distances, (candidates - color) ** 2 @ (2, 4, 3))
-    return {name: colors[index % len(colors)] for name, index in label_map.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Folders in VOC's layout
-# ---------------------------------------------------------------------------------------------------------
+from support.files import InputError, read_text
+from support.labels import label_map
+from support.lists import (
+    MAX_COORDINATE,
+    NO_AREA,
+    NO_BOX,
+    NO_CLASS,
+    UNREADABLE,
+    label_objects,
+    write_data_lists,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in lower or upper case
-MAX_COORDINATE = 1e9  # pixels; no image is larger
-
-# The kinds of problems that make an annotation or its image useless for training.
-UNREADABLE, UNREADABLE_IMAGE = "annotation that cannot be read", "image that cannot be read"
-NO_CLASS, NO_BOX = "object without a class", "object without a box"
-NO_AREA, OUTSIDE = "box without area", "box outside its image"
 
 
 def read_annotation(annotation_path, zero_based=False, classes=None):
@@ -153,21 +100,6 @@ def _has_area(box):
     # In float32, as training reads boxes: rounding may make two coordinates equal.
     x_min, y_min, x_max, y_max = np.float32(box).tolist()
     return x_min < x_max and y_min < y_max
-
-
-def find_problems(annotation):
-    """Return all problems of an annotation that was read: its own, and boxes outside the image if its size is known."""
-    problems = list(annotation["problems"])
-    width, height = annotation["size"] or (math.inf, math.inf)
-    for number, (name, box) in enumerate(zip(annotation["names"], annotation["boxes"], strict=True), start=1):
-        if box[0] <= width - 1 and box[1] <= height - 1:
-            continue  # skips the slow conversion for nearly all boxes
-        x_min, y_min = np.float32(box[:2]).tolist()  # as training reads it
-        if x_min >= width or y_min >= height:
-            side = f"width of {width:g}" if x_min >= width else f"height of {height:g}"
-            message = f"{annotation['path']}: object {number} ({name}) has a box outside the image's {side} pixels"
-            problems.append((OUTSIDE, f"{message}; correct or remove it"))
-    return problems
 
 
 def parse_annotation(annotation_path, label_map=label_map, zero_based=False):
@@ -279,11 +211,6 @@ def _list_images(root):
     return {name: path for _, path, name in sorted(ranked, reverse=True)}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Lists
-# ---------------------------------------------------------------------------------------------------------
-
-
 def create_data_lists(train, test, output_folder, label_map=label_map):
     """Write the JSON lists that the data set reads: all five files, or none if anything is wrong.
 
@@ -316,85 +243,3 @@ def read_annotations(train, test, zero_based=False, classes=None):
         annotations = [read_annotation(path, zero_based, classes) for _, path in progress]
         splits[split] = [image for image, _ in pairs], annotations
     return splits
-
-
-def label_objects(splits, label_map):
-    """Turn class names into indices.
-
-    :param splits: what `read_annotations` returns
-    :return: {"TRAIN": (image paths, objects), "TEST": the same}, objects as `parse_annotation` returns them
-    :raises InputError: with the first problem of the annotations and the number of problems, if there are any; or with
-        all unknown class names and their counts
-    """
-    annotations = [annotation for _, annotations in splits.values() for annotation in annotations]
-    problems = dict.fromkeys(problem for annotation in annotations for problem in find_problems(annotation))
-    messages = [message for _, message in problems]  # each once: an image may occur twice
-    if messages:
-        raise InputError(messages[0] + (f" ({len(messages)} problems in all)" if len(messages) > 1 else ""))
-
-    unknown, first_unknown = Counter(), None
-    for annotation in annotations:
-        for number, name in enumerate(annotation["names"], start=1):
-            if name not in label_map:
-                unknown[name] += 1
-                first_unknown = first_unknown or f"{annotation['path']}: object {number} ({name})"
-    if unknown:
-        names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common())
-        known = ", ".join(name for name in label_map if name != "background")
-        raise InputError(
-            f"{first_unknown} has no known class; all unknown classes: {names:.999}; name your classes with --labels "
-            f"FILE, use all with --labels auto, or drop these objects with --ignore-unknown (known: {known:.999})"
-        )
-    lists = {split: (images, []) for split, (images, _) in splits.items()}
-    for split, (_, annotations) in splits.items():
-        for annotation in annotations:
-            labels = [label_map[name] for name in annotation["names"]]
-            entry = {"boxes": annotation["boxes"], "labels": labels, "difficulties": annotation["difficulties"]}
-            lists[split][1].append(entry)
-    return lists
-
-
-def write_data_lists(lists, label_map, output_folder):
-    """Write what `label_objects` returns, and the label map, as the JSON lists that the data set reads."""
-    files = {"label_map": label_map}
-    for split, (images, objects) in lists.items():
-        files |= {f"{split}_images": images, f"{split}_objects": objects}
-    make_folder(output_folder)
-    write_json({os.path.join(output_folder, f"{name}.json"): value for name, value in files.items()})
-
-
-def read_data_lists(data_folder, split):
-    """Read and check the lists that `create_data_lists` writes.
-
-    :param split: 'TRAIN' or 'TEST'
-    :return: image paths, objects per image, label map
-    :raises InputError: naming the file, if it is missing or not valid
-    """
-    label_file, image_file, object_file = (
-        os.path.join(data_folder, name) for name in ("label_map.json", f"{split}_images.json", f"{split}_objects.json")
-    )
-    label_map, images, objects = (read_json(path) for path in (label_file, image_file, object_file))
-    check_label_map(label_map, label_file)
-    if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
-        raise InputError(f"{image_file}: expected a list of one or more image paths; run create_data_lists.py again")
-    if not isinstance(objects, list) or len(objects) != len(images):
-        raise InputError(f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again")
-    for path, entry in zip(images, objects, strict=True):
-        if not _is_valid_entry(entry, len(label_map)):
-            raise InputError(f"{object_file}: the objects of {path} are not valid; run create_data_lists.py again")
-    return images, objects, label_map
-
-
-def _is_valid_entry(entry, n_classes):
-    """Tell whether `entry` has n boxes with area, n labels from 1 to n_classes - 1 and n difficulties, 0 or 1."""
-    try:
-        boxes, labels, difficulties = entry["boxes"], entry["labels"], entry["difficulties"]
-        if not all(type(values) is list for values in (boxes, labels, difficulties)):
-            return False
-        for (x_min, y_min, x_max, y_max), label, difficulty in zip(boxes, labels, difficulties, strict=True):
-            has_area = 0 <= x_min < x_max < MAX_COORDINATE and 0 <= y_min < y_max < MAX_COORDINATE
-            if not has_area or type(label) is not int or not 0 < label < n_classes or difficulty not in (0, 1):
-                return False
-    except (KeyError, TypeError, ValueError):
-        return False
-    return True

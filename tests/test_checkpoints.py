@@ -21,7 +21,7 @@ from model import SSD300, load_model
 from support import checkpoints
 from support.checkpoints import read_checkpoint, save_checkpoint, save_weights
 from support.files import InputError
-from support.voc import label_map, make_label_map
+from support.labels import label_map, make_label_map
 from train import transfer
 from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy
 

@@ -17,14 +17,9 @@ from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_fea
 from support import checks
 from support.checks import best_prior_overlaps, check, preview, print_problems
 from support.files import InputError
-from support.voc import (
-    label_objects,
-    make_label_map,
-    read_annotation,
-    read_annotations,
-    read_split,
-    split_at_random,
-)
+from support.labels import make_label_map
+from support.lists import label_objects
+from support.voc import read_annotation, read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy, find_jaccard_overlap, jaccard_overlap
 
 CLASSES = make_label_map(["bolt", "nut"])

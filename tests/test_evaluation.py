@@ -18,6 +18,7 @@ from support import devices
 from support.checkpoints import save_weights
 from support.files import InputError
 from support.images import read_image
+from support.labels import make_label_map
 from support.report import find_false_detections, find_misses, show_false_detection, write_report
 from support.results import (
     class_rows,
@@ -35,7 +36,6 @@ from support.results import (
     write_voc_results,
 )
 from support.sample import make_sample
-from support.voc import make_label_map
 from utils import MIN_TRUE_OVERLAP, best_objects_of_other_classes, calculate_mAP, precision_recall_curves
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])

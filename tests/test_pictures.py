@@ -18,7 +18,7 @@ from support.checkpoints import save_weights
 from support.export import export_onnx
 from support.files import InputError
 from support.images import _find_caption_rectangle, _replace_unknown_characters, draw_boxes
-from support.voc import make_label_map
+from support.labels import make_label_map
 from utils import cxcy_to_gcxgcy, cxcy_to_xy, gcxgcy_to_cxcy, transform, xy_to_cxcy
 
 WEIGHTS_PAGE = Path(script.__file__).with_name("docs") / "weights.md"

@@ -12,7 +12,7 @@ from torchvision.models.detection import ssd300_vgg16
 import train
 from datasets import PascalVOCDataset, TrainingSampler
 from support.files import InputError
-from support.voc import make_label_map
+from support.labels import make_label_map
 from utils import IMAGENET_MEAN, IMAGENET_STD
 
 

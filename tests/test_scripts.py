@@ -15,8 +15,8 @@ from datasets import PascalVOCDataset
 from detect import annotate, detect, find_objects
 from support.checkpoints import read_checkpoint
 from support.files import InputError
+from support.labels import label_color_map, label_map, make_label_map
 from support.sample import SAMPLE_LABELS
-from support.voc import label_color_map, label_map, make_label_map
 from utils import transform
 
 QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5)

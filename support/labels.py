@@ -1,0 +1,52 @@
+"""Class labels: VOC's names, label maps (class name -> index), and colours."""
+
+import colorsys
+
+import numpy as np
+
+from support.files import InputError
+
+# The 20 classes of Pascal VOC, in the order of the development kit.
+voc_labels = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor"
+).split()
+
+
+def make_label_map(labels):
+    """Return class name -> index for a sequence of names: background is 0, the first name 1."""
+    return {"background": 0} | {name: index for index, name in enumerate(labels, start=1)}
+
+
+label_map = make_label_map(voc_labels)
+
+
+def label_names(label_map):
+    """Return index -> class name of a label map."""
+    return {index: name for name, index in label_map.items()}
+
+
+def check_label_map(label_map, source):
+    """Raise InputError that names `source` unless `label_map` is {name: index}, background 0, no gaps."""
+    if (
+        not isinstance(label_map, dict)
+        or label_map.get("background") != 0
+        or not all(type(name) is str and type(index) is int for name, index in label_map.items())
+        or sorted(label_map.values()) != list(range(len(label_map)))
+        or len(label_map) < 2
+    ):
+        raise InputError(f'{source}: not a label map such as {{"background": 0, "cat": 1, "dog": 2}}; correct it')
+
+
+def label_color_map(label_map):
+    """Return class name -> (red, green, blue), 0-255: colours far apart, the same for an index at every call."""
+    tones = [(saturation, value) for value in (1, 0.65) for saturation in (1, 0.5)]
+    candidates = 255 * np.array([colorsys.hsv_to_rgb(hue / 72, *tone) for tone in tones for hue in range(72)])
+    distances = np.full(len(candidates), np.inf)  # from each candidate to the nearest colour chosen so far, squared
+    colors = []
+    for _ in range(min(len(label_map), len(candidates))):
+        color = candidates[distances.argmax()]
+        colors.append(tuple(color.round().astype(int).tolist()))
+        # The weights of red, green and blue approximate how well the eye tells them apart.
+        distances = np.minimum(distances, (candidates - color) ** 2 @ (2, 4, 3))
+    return {name: colors[index % len(colors)] for name, index in label_map.items()}
