@@ -1,4 +1,4 @@
-"""Boxes, transforms of images with their boxes, and mean average precision; labels and lists come from support/voc.py.
+"""Boxes, transforms of images with their boxes, and mean average precision; labels and lists come from support/.
 
 from utils import parse_annotation, find_jaccard_overlap, transform, calculate_mAP
 """
@@ -237,13 +237,12 @@ def _visible_part(window, image_size):
     :return: four integer arrays (2,), xy: low and high corner in the image; low corner and size in the 300x300 output,
         where each side has at least one pixel; a size of 0 if the window shows nothing of the image
     """
-    window_low, window_high = window[:2], window[2:]
-    low, high = np.maximum(window_low, 0), np.minimum(window_high, image_size)
+    low, high = np.maximum(window[:2], 0), np.minimum(window[2:], image_size)
     if (low >= high).any():
         return low, high, np.zeros(2, int), np.zeros(2, int)
-    scale = IMAGE_SIZE / (window_high - window_low)
-    out_low = np.minimum(np.rint((low - window_low) * scale), IMAGE_SIZE - 1).astype(int)
-    out_high = np.rint((high - window_low) * scale).astype(int)
+    scale = IMAGE_SIZE / (window[2:] - window[:2])
+    out_low = np.minimum(np.rint((low - window[:2]) * scale), IMAGE_SIZE - 1).astype(int)
+    out_high = np.rint((high - window[:2]) * scale).astype(int)
     return low, high, out_low, np.maximum(out_high - out_low, 1)
 
 
