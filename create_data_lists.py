@@ -3,11 +3,10 @@
 python create_data_lists.py --download data --output-folder data/voc
 python create_data_lists.py --voc07 VOCdevkit/VOC2007 --voc12 VOCdevkit/VOC2012 --output-folder data/voc
 python create_data_lists.py --train mine:train --test mine:val --labels auto --output-folder lists --check --preview 8
-python create_data_lists.py --train mine --split 0.8 --labels classes.txt --output-folder lists
+python create_data_lists.py --train mine --split 0.8 --validation 0.1 --labels classes.txt --output-folder lists
 python create_data_lists.py --sample --output-folder data/sample
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -17,20 +16,18 @@ from datasets import PascalVOCDataset
 from model import MultiBoxLoss, create_prior_boxes, split_by_feature_map
 from support.checks import check, preview, print_problems
 from support.download import download_voc
-from support.files import InputError, read_text, run_command
+from support.files import CommandParser, InputError, read_text, run_command
 from support.images import write_image
 from support.labels import check_label_map, label_map, label_names, make_label_map
 from support.lists import label_objects, write_data_lists
 from support.sample import SAMPLE_LABELS, make_sample
-from support.voc import read_annotations, read_split, split_at_random
+from support.voc import find_annotated_images, hold_out, read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap
 
 
 def parse_arguments(arguments=None):
     """Return the settings of the command line; raises InputError if they contradict each other."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add("--output-folder", required=True, help="where to write the lists")
     add("--download", metavar="DIR", help="download VOC2007 and VOC2012 to DIR, unless done before, and use them")
@@ -41,7 +38,11 @@ def parse_arguments(arguments=None):
     add("--test", nargs="+", metavar="ROOT[:SPLIT]", help="folders in VOC's layout to test on [test]")
     add("--split", type=float, metavar="SHARE",
         help="divide all annotated images of --train at random, with this share for training")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of --split, --preview and --sample [%(default)s]")
+    add("--validation", nargs="+", metavar="ROOT[:SPLIT]",
+        help="folders in VOC's layout to validate on during training [val]; these images are not trained on. Or one "
+        "number: the share of the training images to take at random instead")  # fmt: skip
+    add("--seed", type=int, default=0,
+        help="seed of --split, --validation SHARE, --preview and --sample [%(default)s]")  # fmt: skip
     add("--labels", metavar="FILE",
         help="class names, one per line, or a label map in JSON; auto: all in the annotations [VOC's]")  # fmt: skip
     add("--ignore-unknown", action="store_true", help="leave out objects of other classes")
@@ -67,9 +68,12 @@ def parse_arguments(arguments=None):
         for root in settings.train:
             if not os.path.isdir(root):
                 raise InputError(f"{root}: no such folder; with --split, --train takes folders without :SPLIT")
+    settings.validation_share = _parse_share(settings.validation)
     about_reading = settings.labels or settings.ignore_unknown or settings.zero_based or settings.check
-    if about_reading and not (settings.download or settings.voc07 or settings.train):
-        raise InputError("--labels, --ignore-unknown, --zero-based and --check need --train, --voc07 or --download")
+    if (about_reading or settings.validation) and not (settings.download or settings.voc07 or settings.train):
+        raise InputError(
+            "--validation, --labels, --ignore-unknown, --zero-based and --check need --train, --voc07 or --download"
+        )
     if settings.seed < 0:
         raise InputError(f"--seed {settings.seed}: must be 0 or more")
     if settings.preview is not None and not 1 <= settings.preview <= 200:
@@ -77,17 +81,47 @@ def parse_arguments(arguments=None):
     return settings
 
 
+def _parse_share(sources):
+    """Return the share that --validation was given, or None if it was given folders or nothing."""
+    try:
+        share = float(sources[0])
+    except (TypeError, ValueError):
+        return None
+    if 0 < share < 1 and len(sources) == 1:
+        return share
+    if len(sources) > 1 or os.path.isdir(sources[0]):
+        return None
+    raise InputError(f"--validation {sources[0]}: a share must lie between 0 and 1")
+
+
 def find_images(settings):
-    """Return two lists of (image path, annotation path), for training and for testing."""
+    """Return split -> list of (image path, annotation path)."""
     if settings.split is not None:
-        return split_at_random(settings.train, settings.split, settings.seed)
-    if settings.train:
-        train = [_parse_source(source, "trainval") for source in settings.train]
-        test = [_parse_source(source, "test") for source in settings.test]
+        pairs = find_annotated_images(settings.train)
+        train, test = split_at_random(pairs, settings.split, settings.seed, f"--split {settings.split}")
+    elif settings.train:
+        train, test = _read_sources(settings.train, "trainval"), _read_sources(settings.test, "test")
     else:
-        train = [(root, "trainval") for root in (settings.voc07, settings.voc12) if root]
-        test = [(settings.voc07, "test")]
-    return tuple([pair for folder in folders for pair in read_split(*folder)] for folders in (train, test))
+        train = [pair for root in (settings.voc07, settings.voc12) if root for pair in read_split(root, "trainval")]
+        test = read_split(settings.voc07, "test")
+
+    share = settings.validation_share
+    if share is not None:
+        pairs = list(dict.fromkeys(train))  # each image once
+        validation, _ = split_at_random(pairs, share, settings.seed, f"--validation {share}")
+    elif settings.validation:
+        validation = _read_sources(settings.validation, "val")
+    else:
+        return {"TRAIN": train, "TEST": test}
+    remaining = hold_out(train, validation, test)
+    if share is None and len(remaining) < len(train):
+        print(f"TRAIN: {len(train) - len(remaining)} images left out, because they are in VAL")
+    return {"TRAIN": remaining, "VAL": validation, "TEST": test}
+
+
+def _read_sources(sources, default_split):
+    """Return (image path, annotation path) for each image of ROOT[:SPLIT] sources."""
+    return [pair for source in sources for pair in read_split(*_parse_source(source, default_split))]
 
 
 def _parse_source(source, default_split):
@@ -133,13 +167,14 @@ def collect_labels(splits):
 def make_lists(settings):
     """Make and check the lists that the settings ask for; writes nothing and raises InputError if anything is wrong."""
     # Read the annotations.
+    pairs = find_images(settings)
     if settings.labels == "auto":
-        splits = read_annotations(*find_images(settings), settings.zero_based)
+        splits = read_annotations(pairs, settings.zero_based)
         classes = collect_labels(splits)
     else:
         classes = read_labels(settings.labels) if settings.labels else label_map
         known = set(classes) - {"background"} if settings.ignore_unknown else None
-        splits = read_annotations(*find_images(settings), settings.zero_based, known)
+        splits = read_annotations(pairs, settings.zero_based, known)
 
     # Check them, and compare the objects with the priors.
     criterion = MultiBoxLoss(create_prior_boxes())
@@ -201,7 +236,7 @@ def main():
             os.path.join(settings.download, "VOCdevkit", year) for year in ("VOC2007", "VOC2012")
         )
     if settings.sample:
-        print_summary(make_sample(folder, seed=settings.seed), make_label_map(SAMPLE_LABELS))
+        print_summary(make_sample(folder, n_val=30, seed=settings.seed), make_label_map(SAMPLE_LABELS))
     elif settings.voc07 or settings.train:
         make_lists(settings)
     if settings.preview:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from support.images import open_image
-from support.lists import read_data_lists
+from support.lists import SPLITS, read_data_lists
 from utils import transform
 
 
@@ -26,7 +26,7 @@ class PascalVOCDataset(Dataset):
     TrainingSampler, augments it as a function of (seed, epoch, index) only.
 
     :param data_folder: folder with the lists that create_data_lists.py writes
-    :param split: 'TRAIN' or 'TEST', in any case
+    :param split: 'TRAIN', 'VAL' or 'TEST', in any case
     :param keep_difficult: keep objects that are marked as difficult
     :param augment: whether to augment training images
     :param seed: of the augmentation
@@ -35,9 +35,10 @@ class PascalVOCDataset(Dataset):
 
     def __init__(self, data_folder, split, keep_difficult=False, augment=True, seed=0):
         split = split.upper()
-        if split not in ("TRAIN", "TEST"):
-            raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
+        if split not in SPLITS:
+            raise ValueError(f"split must be 'TRAIN', 'VAL' or 'TEST', not {split!r}")
         self.images, self.objects, self.label_map = read_data_lists(data_folder, split)
+        self.split = split
         self.mode = "TRAIN" if split == "TRAIN" and augment else "TEST"
         self.keep_difficult = keep_difficult
         self.seed = seed

@@ -1,12 +1,14 @@
 """Checks of a data set before training, and a preview of its training samples.
 
-splits = read_annotations(read_split("VOC2007", "trainval"), read_split("VOC2007", "test"))
+pairs = {"TRAIN": read_split("VOC2007", "trainval"), "TEST": read_split("VOC2007", "test")}
+splits = read_annotations(pairs)
 breaking, odd, overlaps = check(splits, label_map, priors, jaccard_overlap, with_images=True)
 print_problems(breaking, odd)
 preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion, IMAGENET_MEAN, IMAGENET_STD).save("preview.jpg")
 """
 
 import hashlib
+import itertools
 import os
 from collections import Counter, defaultdict
 
@@ -45,8 +47,9 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5, with_images
         _check_images(splits, odd)
     for split, (images, _) in splits.items():
         odd[f"image twice in {split}"] += [path for path, count in Counter(images).items() if count > 1]
-    in_train = set(splits["TRAIN"][0])
-    odd["same file in TRAIN and TEST"] += [path for path in splits["TEST"][0] if path in in_train]
+    for one, other in itertools.combinations(splits, 2):
+        shared = set(splits[one][0]) & set(splits[other][0])
+        odd[f"same file in {one} and {other}"] += [path for path in splits[other][0] if path in shared]
     for split, (_, annotations) in splits.items():
         present = Counter()
         for annotation in annotations:
@@ -61,7 +64,7 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5, with_images
 
 
 def _without_duplicates(problems):
-    """Return the problems that have lines, with each line once: an image may be in both splits."""
+    """Return the problems that have lines, with each line once: an image may be in several splits."""
     return {problem: list(dict.fromkeys(lines)) for problem, lines in problems.items() if lines}
 
 
@@ -85,11 +88,12 @@ def _check_images(splits, odd):
                 line = f"{annotation['path']}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
                 odd["size in the annotation that is not the image's"].append(line)
             annotation["size"] = size
-    train_digests = {facts[path][1]: path for path in splits["TRAIN"][0] if facts[path][1]}
-    for path in splits["TEST"][0]:
-        twin = train_digests.get(facts[path][1])
-        if twin and twin != path:
-            odd["same image in TRAIN and TEST"].append(f"{path}: same as {twin}")
+    for one, other in itertools.combinations(splits, 2):
+        digests = {facts[path][1]: path for path in splits[one][0] if facts[path][1]}
+        for path in splits[other][0]:
+            twin = digests.get(facts[path][1])
+            if twin and twin != path:
+                odd[f"same image in {one} and {other}"].append(f"{path}: same as {twin}")
 
 
 class _ImageFacts(list):

@@ -10,12 +10,14 @@ images, objects, label_map = read_data_lists("data/voc", "TRAIN")
 import math
 import os
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 
 from support.files import InputError, make_folder, read_json, write_json
 from support.labels import check_label_map
 
+SPLITS = ("TRAIN", "VAL", "TEST")  # a data folder need not have VAL
 MAX_COORDINATE = 1e9  # pixels; no image is larger
 
 # The kinds of problems that make an annotation or its image useless for training.
@@ -43,7 +45,7 @@ def label_objects(splits, label_map):
     """Turn class names into indices.
 
     :param splits: what `read_annotations` returns
-    :return: {"TRAIN": (image paths, objects), "TEST": the same}, objects as `parse_annotation` returns them
+    :return: split -> (image paths, objects), objects as `parse_annotation` returns them
     :raises InputError: with the first problem of the annotations and the number of problems, if there are any; or with
         all unknown class names and their counts
     """
@@ -76,25 +78,49 @@ def label_objects(splits, label_map):
 
 
 def write_data_lists(lists, label_map, output_folder):
-    """Write what `label_objects` returns, and the label map, as the JSON lists that the data set reads."""
+    """Write what `label_objects` returns, and the label map, as the JSON lists that the data set reads.
+
+    Lists of a split that is not written are removed: they would belong to other data.
+    """
     files = {"label_map": label_map}
     for split, (images, objects) in lists.items():
         files |= {f"{split}_images": images, f"{split}_objects": objects}
     make_folder(output_folder)
     write_json({os.path.join(output_folder, f"{name}.json"): value for name, value in files.items()})
+    for split in SPLITS:
+        if split not in lists:
+            for path in _list_files(output_folder, split):
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+
+
+def _list_files(data_folder, split):
+    """Return the paths of a split's lists: images, objects."""
+    return [os.path.join(data_folder, f"{split}_{name}.json") for name in ("images", "objects")]
+
+
+def has_split(data_folder, split):
+    """Tell whether a data folder has any list of a split."""
+    return any(os.path.exists(path) for path in _list_files(data_folder, split))
 
 
 def read_data_lists(data_folder, split):
     """Read and check the lists that `create_data_lists` writes.
 
-    :param split: 'TRAIN' or 'TEST'
+    :param split: one of SPLITS
     :return: image paths, objects per image, label map
-    :raises InputError: naming the file, if it is missing or not valid
+    :raises InputError: naming the file, if it is missing or not valid, or the folder, if it has no lists at all
     """
-    label_file, image_file, object_file = (
-        os.path.join(data_folder, name) for name in ("label_map.json", f"{split}_images.json", f"{split}_objects.json")
-    )
-    label_map, images, objects = (read_json(path) for path in (label_file, image_file, object_file))
+    if not any(has_split(data_folder, name) for name in SPLITS):
+        raise InputError(
+            f"{data_folder}: has no lists of images; make them with python create_data_lists.py --output-folder "
+            f"{data_folder} (see its --help), or try the code with python train.py --sample"
+        )
+    label_file = os.path.join(data_folder, "label_map.json")
+    image_file, object_file = _list_files(data_folder, split)
+    option = " --validation" if split == "VAL" else ""
+    remedy = f"run create_data_lists.py{option} to make it"
+    label_map, images, objects = (read_json(path, remedy) for path in (label_file, image_file, object_file))
     check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
         raise InputError(f"{image_file}: expected a list of one or more image paths; run create_data_lists.py again")

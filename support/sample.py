@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from support.files import InputError, make_folder, read_json
 from support.labels import make_label_map
-from support.voc import create_data_lists
+from support.lists import label_objects, write_data_lists
+from support.voc import read_annotations, read_split
 
 SAMPLE_LABELS = ("disc", "rectangle", "triangle", "star", "ring")
 SAMPLE_SIZES = ((320, 240), (240, 320), (300, 300), (400, 300))  # (width, height) of images, pixels
@@ -20,13 +21,14 @@ SAMPLE_SIDES = (0.12, 0.6)  # mean side of an object, as a share of the image's 
 SAMPLE_MAX_OVERLAP = 0.2  # largest intersection of two boxes, as a share of the smaller one's area
 
 
-def make_sample(output_folder, n_train=240, n_test=60, seed=0):
+def make_sample(output_folder, n_train=240, n_test=60, n_val=0, by_heart=False, seed=0):
     """Write a synthetic data set in VOC's layout, coloured shapes on textures, and its lists.
 
     :param output_folder: gets the folder VOCsample and the lists
-    :param n_train, n_test: numbers of images
+    :param n_train, n_test, n_val: numbers of images; without any for validation, there are no VAL lists
+    :param by_heart: validate on the training images, for a training that is to learn them by heart; n_val is not used
     :param seed: same seed, same images and annotations
-    :return: what `create_data_lists` returns
+    :return: the lists, as `label_objects` returns them
     :raises InputError: if the folder has the lists of other data
     """
     label_map = make_label_map(SAMPLE_LABELS)
@@ -36,15 +38,25 @@ def make_sample(output_folder, n_train=240, n_test=60, seed=0):
     root = os.path.join(output_folder, "VOCsample")
     for folder in ("JPEGImages", "Annotations", os.path.join("ImageSets", "Main")):
         make_folder(os.path.join(root, folder))
-    numbers = range(n_train + n_test)
+    numbers = range(n_train + n_test + (0 if by_heart else n_val))
     for number in numbers:
         image, annotation = draw_sample(f"{number:06}", np.random.default_rng((seed, number)))
         image.save(os.path.join(root, "JPEGImages", f"{number:06}.jpg"), quality=90)
         annotation.write(os.path.join(root, "Annotations", f"{number:06}.xml"))
-    for split, part in (("trainval", numbers[:n_train]), ("test", numbers[n_train:])):
-        with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), "w", encoding="utf-8") as file:
-            file.writelines(f"{number:06}\n" for number in part)
-    return create_data_lists([(root, "trainval")], [(root, "test")], output_folder, label_map)
+    train, test, validation = numbers[:n_train], numbers[n_train:][:n_test], numbers[n_train + n_test :]
+    pairs = {}
+    for split, name, part in (
+        ("TRAIN", "trainval", train),
+        ("VAL", "val", train if by_heart else validation),
+        ("TEST", "test", test),
+    ):
+        if part:
+            with open(os.path.join(root, "ImageSets", "Main", f"{name}.txt"), "w", encoding="utf-8") as file:
+                file.writelines(f"{number:06}\n" for number in part)
+            pairs[split] = read_split(root, name)
+    lists = label_objects(read_annotations(pairs), label_map)
+    write_data_lists(lists, label_map, output_folder)
+    return lists
 
 
 def draw_sample(name, rng):

@@ -166,12 +166,10 @@ def _find_in_subfolder(root, name):
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
-def split_at_random(roots, share, seed):
-    """Divide all annotated images of VOC folders at random; return two lists of (image path, annotation path).
+def find_annotated_images(roots):
+    """Return (image path, annotation path) for each annotation in VOC folders.
 
     :param roots: VOC folders; one that is given twice counts once
-    :param share: of the images, for the first list; each list gets at least one image
-    :param seed: same seed, same lists
     :raises InputError: naming the file or folder, if one cannot be read or has no image
     """
     pairs = []
@@ -187,11 +185,45 @@ def split_at_random(roots, share, seed):
             if image is None:
                 raise InputError(f"{os.path.join(folder, name)}: no image of this name in JPEGImages; add or remove it")
             pairs.append((image, os.path.join(folder, name)))
+    return pairs
+
+
+def split_at_random(pairs, share, seed, option):
+    """Divide a list at random; return two lists, each in the given order.
+
+    :param pairs: (image path, annotation path) pairs
+    :param share: of the pairs, for the first list; each list gets at least one
+    :param seed: same seed, same lists
+    :param option: of the command line, which asks for this
+    :raises InputError: naming the option, if there are fewer than two pairs
+    """
     if len(pairs) < 2:
-        raise InputError(f"{roots[0]}: has {len(pairs)} annotated images, too few to divide; use more")
+        raise InputError(f"{option}: cannot divide fewer than two annotated images; use more")
     order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
     n_first = min(max(round(share * len(pairs)), 1), len(pairs) - 1)
     return [pairs[index] for index in sorted(order[:n_first])], [pairs[index] for index in sorted(order[n_first:])]
+
+
+def hold_out(train, validation, test):
+    """Return the training pairs without the images of the validation pairs.
+
+    :param train, validation, test: (image path, annotation path) pairs
+    :raises InputError: naming an image, if one is in both `validation` and `test`, or if no training image remains
+    """
+    held_out = {os.path.realpath(image) for image, _ in validation}
+    tested = [image for image, _ in test if os.path.realpath(image) in held_out]
+    if tested:
+        raise InputError(
+            f"{tested[0]}: is in both VAL and TEST ({len(tested)} such images in all); take it out of TEST, or give "
+            "--validation other images"
+        )
+    remaining = [(image, annotation) for image, annotation in train if os.path.realpath(image) not in held_out]
+    if not remaining:
+        raise InputError(
+            f"{train[0][0]}: all TRAIN images are in VAL too, so none remain to train on; give --validation other "
+            "images, or a share of TRAIN such as 0.1"
+        )
+    return remaining
 
 
 def _list_images(root):
@@ -225,20 +257,20 @@ def create_data_lists(train, test, output_folder, label_map=label_map):
     :raises InputError: naming the file, if one is missing or not valid
     """
     train, test = ([pair for folder in folders for pair in read_split(*folder)] for folders in (train, test))
-    lists = label_objects(read_annotations(train, test), label_map)
+    lists = label_objects(read_annotations({"TRAIN": train, "TEST": test}), label_map)
     write_data_lists(lists, label_map, output_folder)
     return lists
 
 
-def read_annotations(train, test, zero_based=False, classes=None):
-    """Read the annotations of both splits.
+def read_annotations(pairs_by_split, zero_based=False, classes=None):
+    """Read the annotations of all splits.
 
-    :param train, test: (image path, annotation path) pairs
+    :param pairs_by_split: {"TRAIN": (image path, annotation path) pairs, "TEST": the same}, also "VAL" if wanted
     :param zero_based, classes: see `read_annotation`
-    :return: {"TRAIN": (image paths, annotations), "TEST": the same}, annotations as `read_annotation` returns them
+    :return: split -> (image paths, annotations), annotations as `read_annotation` returns them
     """
     splits = {}
-    for split, pairs in (("TRAIN", train), ("TEST", test)):
+    for split, pairs in pairs_by_split.items():
         progress = tqdm(pairs, f"{split} annotations", unit="", leave=False, disable=None)
         annotations = [read_annotation(path, zero_based, classes) for _, path in progress]
         splits[split] = [image for image, _ in pairs], annotations

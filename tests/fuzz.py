@@ -140,14 +140,14 @@ def mutate_list(value, rng):
 
 
 def make_input(folder):
-    """Write a VOC folder of two images, a label file and its lists; return the lists as {file name: value}."""
+    """Write a VOC folder of three images, a label file and its lists; return the lists as {file name: value}."""
     root = folder / "VOC"
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / part).mkdir(parents=True)
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         Image.new("RGB", (40, 30), "red").save(root / "JPEGImages" / f"{name}.jpg")
         (root / "Annotations" / f"{name}.xml").write_text(ANNOTATION)
-    for split, name in (("trainval", "a"), ("test", "b")):
+    for split, name in (("trainval", "a"), ("test", "b"), ("val", "c")):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
     (folder / "labels").write_text("cat\n")
     prepare(folder)
@@ -156,8 +156,8 @@ def make_input(folder):
 
 def prepare(folder, *more):
     """Make the lists of the VOC folder in `folder`; `more` are further arguments of the command line."""
-    arguments = ["--train", folder / "VOC", "--test", folder / "VOC", "--output-folder", folder / "lists",
-                 "--labels", folder / "labels", *more]  # fmt: skip
+    arguments = ["--train", folder / "VOC", "--test", folder / "VOC", "--validation", folder / "VOC",
+                 "--output-folder", folder / "lists", "--labels", folder / "labels", *more]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         create_data_lists.make_lists(create_data_lists.parse_arguments([str(argument) for argument in arguments]))
 
@@ -166,11 +166,12 @@ def spoil(folder, lists, rng):
     """Spoil one input; return a function without arguments that makes lists from it."""
     way = rng.randrange(10)
     root = folder / "VOC"
-    annotation, split = root / "Annotations" / "a.xml", root / "ImageSets" / "Main" / "trainval.txt"
+    annotation = root / "Annotations" / f"{rng.choice('ac')}.xml"
+    split = root / "ImageSets" / "Main" / rng.choice(("trainval.txt", "val.txt"))
     if way < 5:
         annotation.write_bytes(mutate_annotation(rng))
     elif way == 5:
-        content = "\n".join(rng.choice((*NAMES, "a")) for _ in range(rng.choice((0, 1, 1, 3))))
+        content = "\n".join(rng.choice((*NAMES, "a", "c")) for _ in range(rng.choice((0, 1, 1, 3))))
         split.write_bytes(mutate_bytes(content.encode(), rng) if rng.random() < 0.3 else content.encode())
     elif way == 6:
         target = rng.choice((annotation, split, folder / "labels"))
@@ -191,9 +192,9 @@ def spoil(folder, lists, rng):
 
 
 def load(folder):
-    """Load the training set as training does, and check that the loss can use it."""
-    dataset = PascalVOCDataset(folder / "lists", "TRAIN", keep_difficult=True)
-    for epoch in range(2):
+    """Load the training and the validation set as training does, and check that the loss can use them."""
+    for epoch, split in enumerate(("TRAIN", "TRAIN", "VAL")):
+        dataset = PascalVOCDataset(folder / "lists", split, keep_difficult=True)
         image, boxes, labels, _ = dataset[epoch, 0]
         assert image.isfinite().all()
         assert ((boxes >= 0) & (boxes <= 1)).all()
@@ -239,7 +240,7 @@ def run_case(number):
             ended = "works"
         except InputError as error:
             message = str(error)
-            images = (folder / "lists" / "TRAIN_images.json").read_bytes()
+            images = b"".join(path.read_bytes() for path in (folder / "lists").glob("*_images.json"))
             is_listed = message.split(": cannot read this image")[0].encode() in images
             assert str(folder) in message or is_listed, f"case {number}: names no file: {message}"
             assert "\n" not in message, f"case {number}: more than one line: {message!r}"

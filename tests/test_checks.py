@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import fuzz
 import numpy as np
@@ -19,7 +20,7 @@ from support.checks import best_prior_overlaps, check, preview, print_problems
 from support.files import InputError
 from support.labels import make_label_map
 from support.lists import label_objects
-from support.voc import read_annotation, read_annotations, read_split, split_at_random
+from support.voc import find_annotated_images, read_annotation, read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy, find_jaccard_overlap, jaccard_overlap
 
 CLASSES = make_label_map(["bolt", "nut"])
@@ -29,6 +30,11 @@ def check_splits(splits, **options):
     """Check with the default priors."""
     priors = [feature_map.numpy() for feature_map in split_by_feature_map(create_prior_boxes())]
     return check(splits, CLASSES, priors, jaccard_overlap, **options)
+
+
+def read_splits(root):
+    """Read the annotations of a VOC folder's splits trainval and test."""
+    return read_annotations({"TRAIN": read_split(root, "trainval"), "TEST": read_split(root, "test")})
 
 
 def draw_preview(dataset, n, seed=0):
@@ -77,7 +83,8 @@ def prepare(*arguments):
     """Make lists as the command line does; return both data sets."""
     settings = script.parse_arguments([str(argument) for argument in arguments])
     script.make_lists(settings)
-    return {split: PascalVOCDataset(settings.output_folder, split, keep_difficult=True) for split in ("TRAIN", "TEST")}
+    splits = ("TRAIN", "VAL", "TEST") if settings.validation else ("TRAIN", "TEST")
+    return {split: PascalVOCDataset(settings.output_folder, split, keep_difficult=True) for split in splits}
 
 
 def test_lists_are_made_from_several_folders_and_image_formats(folder, tmp_path):
@@ -120,10 +127,15 @@ def test_an_invalid_label_file_is_refused_by_name(content, tmp_path):
         script.read_labels(path)
 
 
-def test_automatic_classes_are_sorted_and_come_from_both_splits(folder, tmp_path):
-    root = folder({"trainval": {"a.jpg": xml(NUT)}, "test": {"b.jpg": xml(BOLT)}})
-    data = prepare("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
-    assert data["TEST"].label_map == CLASSES
+def test_automatic_classes_are_sorted_and_come_from_all_splits(folder, tmp_path):
+    root = folder(
+        {"trainval": {"a.jpg": xml(NUT)}, "val": {"c.jpg": xml(("axle", *BOLT[1:]))}, "test": {"b.jpg": xml(BOLT)}}
+    )
+    arguments = ("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
+    assert prepare(*arguments)["TEST"].label_map == CLASSES
+    data = prepare(*arguments, "--validation", root)
+    assert data["VAL"].label_map == make_label_map(["axle", "bolt", "nut"])
+    assert data["VAL"].objects == [{"boxes": [[10, 10, 59, 59]], "labels": [1], "difficulties": [0]}]
 
 
 def test_unknown_classes_are_refused_with_their_counts_or_ignored(folder, tmp_path):
@@ -163,17 +175,20 @@ def test_zero_based_annotations_are_noticed_and_read_with_the_option(folder, tmp
 
 def test_a_random_split_depends_on_its_seed_and_contains_all_images(folder):
     roots = [folder({"x": {f"{i}.jpg": xml() for i in range(n)}}, name) for name, n in (("one", 7), ("two", 4))]
-    train, test = split_at_random(roots, 0.8, seed=3)
+    pairs = find_annotated_images(roots)
+    train, test = split_at_random(pairs, 0.8, 3, "--split")
     assert (len(train), len(test)) == (9, 2)
     assert len(set(train + test)) == 11
     assert all(image.rsplit("/", 2)[1] == "JPEGImages" for image, _ in train + test)
-    assert split_at_random(roots, 0.8, seed=3) == (train, test)
-    assert split_at_random(roots, 0.8, seed=4) != (train, test)
-    assert [len(part) for part in split_at_random(roots, 0.001, seed=0)] == [1, 10]
-    assert [len(part) for part in split_at_random(roots, 0.999, seed=0)] == [10, 1]
+    assert split_at_random(pairs, 0.8, 3, "--split") == (train, test)
+    assert split_at_random(pairs, 0.8, 4, "--split") != (train, test)
+    assert [len(part) for part in split_at_random(pairs, 0.001, 0, "--split")] == [1, 10]
+    assert [len(part) for part in split_at_random(pairs, 0.999, 0, "--split")] == [10, 1]
+    with pytest.raises(InputError, match="--split: cannot divide fewer than two"):
+        split_at_random(pairs[:1], 0.5, 0, "--split")
     (roots[1] / "JPEGImages" / "2.jpg").unlink()
     with pytest.raises(InputError, match=r"2\.xml: no image of this name"):
-        split_at_random(roots, 0.8, seed=3)
+        find_annotated_images(roots)
 
 
 def test_the_seed_of_the_command_line_decides_the_random_split(folder, tmp_path):
@@ -185,13 +200,13 @@ def test_the_seed_of_the_command_line_decides_the_random_split(folder, tmp_path)
     assert not set(images[0][0]) & set(images[0][1])  # although the folder is given twice
 
 
-def test_the_random_split_does_not_depend_on_the_order_of_the_folder(folder, monkeypatch):
+def test_the_images_of_a_random_split_do_not_depend_on_the_order_of_the_folder(folder, monkeypatch):
     root = folder({"x": {f"{number}.jpg": xml() for number in range(5)}})
-    expected = split_at_random([root], 0.5, seed=0)
+    expected = find_annotated_images([root])
     names = os.listdir(root / "Annotations")
     for order in (sorted(names), sorted(names, reverse=True)):
         monkeypatch.setattr(os, "listdir", lambda _, order=order: order)
-        assert split_at_random([root], 0.5, seed=0) == expected
+        assert find_annotated_images([root]) == expected
 
 
 def test_of_several_images_with_one_name_the_jpeg_is_used(folder):
@@ -214,6 +229,98 @@ def test_file_names_may_have_any_encoding(folder, tmp_path):
     names = {path.rpartition("/")[2] for part in data.values() for path in part.images}
     assert names == {"caf\udce9.jpg", "猫.jpg"}
     assert all(part[0][0].isfinite().all() for part in data.values())
+
+
+@pytest.fixture
+def divided(folder):
+    """A VOC folder with twenty images in trainval, of which val has five and train the rest, and two in test."""
+    root = folder(
+        {"trainval": {f"{n:02}.jpg": xml(BOLT) for n in range(20)}, "test": {"x.jpg": xml(NUT), "y.jpg": xml()}}
+    )
+    for split, numbers in (("train", range(15)), ("val", range(15, 20))):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(f"{n:02}" for n in numbers))
+    return root
+
+
+def names(dataset):
+    """Return the image names of a data set, without folders and suffixes."""
+    return [Path(path).stem for path in dataset.images]
+
+
+def test_validation_images_are_not_trained_on(divided, tmp_path, capsys):
+    labels = tmp_path / "labels"
+    labels.write_text("bolt\nnut")
+    arguments = ("--voc07", divided, "--labels", labels, "--output-folder", tmp_path / "lists")
+    data = prepare(*arguments, "--validation", divided)
+    assert names(data["TRAIN"]) == [f"{n:02}" for n in range(15)]
+    assert names(data["VAL"]) == [f"{n:02}" for n in range(15, 20)]
+    assert names(data["TEST"]) == ["x", "y"]
+    printed = capsys.readouterr().out
+    assert "TRAIN: 5 images left out, because they are in VAL\n" in printed
+    assert "VAL: 5 images with 5 objects, 0 of them difficult; 0 images without objects\n" in printed
+    assert "VAL: 0.0% of objects overlap no prior" in printed
+    link = tmp_path / "link"
+    link.symlink_to(divided)
+    assert names(prepare(*arguments, "--validation", f"{link}:val")["TRAIN"]) == [f"{n:02}" for n in range(15)]
+    capsys.readouterr()
+    apart = ("--train", f"{divided}:train", "--test", divided, "--validation", f"{divided}:val")
+    assert names(prepare(*apart, *arguments[2:])["TRAIN"]) == [f"{n:02}" for n in range(15)]
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["--train", "--voc07", "--split"])
+def test_a_share_of_the_training_images_is_for_validation(source, divided, tmp_path):
+    arguments = {
+        "--train": ("--train", divided, "--test", divided), "--voc07": ("--voc07", divided),
+        "--split": ("--train", divided, "--split", 0.8),
+    }[source]  # fmt: skip
+    n_train = {"--train": 20, "--voc07": 20, "--split": 18}[source]  # before some are taken for validation
+    arguments = (*arguments, "--labels", "auto", "--output-folder", tmp_path / "lists", "--seed")
+    whole = {split: names(part) for split, part in prepare(*arguments, 3).items()}
+    for share, n_val in ((0.25, round(n_train / 4)), (0.0001, 1), (0.9999, n_train - 1)):
+        parts = {split: names(part) for split, part in prepare(*arguments, 3, "--validation", share).items()}
+        assert len(parts["VAL"]) == n_val
+        assert sorted(parts["TRAIN"] + parts["VAL"]) == sorted(whole["TRAIN"])
+        assert parts["TEST"] == whole["TEST"]
+    drawn = [names(prepare(*arguments, seed, "--validation", 0.5)["VAL"]) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_image_that_training_names_twice_is_either_for_training_or_for_validation(divided, tmp_path):
+    data = prepare("--train", divided, divided, "--test", divided, "--validation", 0.5, "--labels", "auto",
+                   "--output-folder", tmp_path / "lists")  # fmt: skip
+    assert (len(data["VAL"]), len(data["TRAIN"])) == (10, 20)
+    assert not set(names(data["VAL"])) & set(names(data["TRAIN"]))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        ("val", "trainval", r"15\.jpg: all TRAIN images are in VAL too, .* or a share of TRAIN such as 0\.1"),
+        ("trainval", "test", r"x\.jpg: is in both VAL and TEST \(2 such images in all\)"),
+        ("trainval", "nowhere", r"nowhere\.txt: cannot read this split"),
+    ],
+)
+def test_validation_images_that_cannot_be_used_are_refused(train, validation, message, divided, tmp_path):
+    with pytest.raises(InputError, match=message):
+        prepare("--train", f"{divided}:{train}", "--test", divided, "--validation", f"{divided}:{validation}",
+                "--labels", "auto", "--output-folder", tmp_path / "lists")  # fmt: skip
+    assert not (tmp_path / "lists").exists()
+
+
+def test_one_training_image_cannot_be_divided(divided, tmp_path):
+    (divided / "ImageSets" / "Main" / "one.txt").write_text("00")
+    with pytest.raises(InputError, match=r"--validation 0\.5: cannot divide fewer than two"):
+        prepare("--train", f"{divided}:one", "--test", divided, "--validation", 0.5, "--labels", "auto",
+                "--output-folder", tmp_path / "lists")  # fmt: skip
+
+
+def test_a_folder_whose_name_is_a_number_is_a_source_unless_it_looks_like_a_share(divided, monkeypatch):
+    monkeypatch.chdir(divided.parent)
+    divided.rename("2007")
+    arguments = ["--voc07", "2007", "--output-folder", "lists", "--validation"]
+    assert len(script.find_images(script.parse_arguments([*arguments, "2007"]))["VAL"]) == 5
+    assert script.parse_arguments([*arguments, "0.2"]).validation_share == 0.2
 
 
 @pytest.mark.parametrize("line", ["a", "a.jpg", "a 1", "  a -1 ", "\ufeffa"])
@@ -245,6 +352,10 @@ def test_a_line_of_a_split_without_an_image_is_refused(line, folder):
         (["--sample", "--check"], "--check need --train"),
         (["--preview", "2", "--labels", "x"], "--check need --train"),
         (["--train", "a:b", "--split", "0.5"], "a:b: no such folder"),
+        (["--sample", "--validation", "0.1"], "--validation, .* need --train"),
+        (["--voc07", "a", "--validation", "1.5"], "--validation 1.5: a share must lie between 0 and 1"),
+        (["--voc07", "a", "--validation", "nan"], "between 0 and 1"),
+        (["--voc07", "a", "--validation"], "--validation"),
     ],
 )
 def test_contradictory_settings_are_refused(arguments, message):
@@ -283,7 +394,7 @@ def spoilt(folder):
 def test_the_checker_reports_each_problem_once_and_nothing_else(spoilt, capsys):
     def report(with_images):
         """Return what is reported: {first letters of the problem: file names}."""
-        splits = read_annotations(read_split(spoilt, "trainval"), read_split(spoilt, "test"))
+        splits = read_splits(spoilt)
         breaking, odd, _ = check_splits(splits, with_images=with_images)
         print_problems(breaking, odd)
         return tuple(
@@ -327,9 +438,29 @@ def test_problems_that_make_training_impossible_end_with_status_2_and_nothing_is
         assert min(picture.size) > 800
 
 
+def test_images_that_two_of_three_splits_share_are_reported_for_each_pair(folder):
+    root = folder(
+        {"trainval": {"a.jpg": xml(BOLT, NUT)}, "val": {"b.jpg": xml(BOLT, NUT)}, "test": {"c.jpg": xml(BOLT, NUT)}}
+    )
+    pairs = {split: read_split(root, name) for split, name in (("TRAIN", "trainval"), ("VAL", "val"), ("TEST", "test"))}
+    assert check_splits(read_annotations(pairs), with_images=True)[1] == {}
+    (a,), (b,), (c,) = pairs.values()
+    shared = {"TRAIN": [a, b], "VAL": [b, c], "TEST": [c, a]}
+    expected = {"TRAIN and VAL": [b[0]], "TRAIN and TEST": [a[0]], "VAL and TEST": [c[0]]}
+    odd = check_splits(read_annotations(shared), with_images=True)[1]
+    assert odd == {f"same file in {splits}": paths for splits, paths in expected.items()}
+    for path in (b[0], c[0]):
+        Path(path).write_bytes(Path(a[0]).read_bytes())
+    odd = check_splits(read_annotations(pairs), with_images=True)[1]
+    twins = {"TRAIN and VAL": (b, a), "TRAIN and TEST": (c, a), "VAL and TEST": (c, b)}
+    assert odd == {
+        f"same image in {splits}": [f"{one[0]}: same as {other[0]}"] for splits, (one, other) in twins.items()
+    }
+
+
 def test_a_class_without_objects_is_reported_for_each_split(folder):
     root = folder({"trainval": {"a.jpg": xml(NUT)}, "test": {"b.jpg": xml(BOLT)}})
-    _, odd, _ = check_splits(read_annotations(read_split(root, "trainval"), read_split(root, "test")))
+    _, odd, _ = check_splits(read_splits(root))
     assert odd == {"class without objects in TRAIN": ["bolt"], "class without objects in TEST": ["nut"]}
 
 
@@ -346,7 +477,7 @@ def test_objects_of_ignored_classes_are_not_checked(folder, tmp_path, capsys):
 
 
 def test_a_killed_reading_process_gives_one_line(spoilt, monkeypatch):
-    splits = read_annotations(read_split(spoilt, "trainval"), [])
+    splits = read_splits(spoilt)
     monkeypatch.setattr(checks, "read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match="a process that reads images was killed"):
         check_splits(splits, with_images=True)
@@ -412,7 +543,7 @@ def test_the_preview_shows_what_the_network_gets(folder, tmp_path):
             "test": {"b.jpg": xml(NUT)},
         }
     )
-    splits = read_annotations(read_split(root, "trainval"), read_split(root, "test"))
+    splits = read_splits(root)
     script.write_data_lists(label_objects(splits, CLASSES), CLASSES, tmp_path / "lists")
     dataset = PascalVOCDataset(tmp_path / "lists", "TRAIN", keep_difficult=True, augment=False)
     sheet = draw_preview(dataset, 1)  # the image with objects

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
 from support.files import InputError
+from support.lists import has_split
 from support.sample import make_sample
 
 # Users of the public tutorial import these from utils.
@@ -195,8 +196,27 @@ def test_missing_and_broken_lists_are_refused_by_name(lists):
     (lists / "TEST_objects.json").write_text("[{")
     with pytest.raises(InputError, match=r"TEST_objects\.json: cannot read"):
         PascalVOCDataset(lists, "TEST")
-    with pytest.raises(InputError, match=r"nowhere/label_map\.json: cannot read"):
-        PascalVOCDataset("nowhere", "TEST")
+    with pytest.raises(
+        InputError, match=r"VAL_images\.json: .*\(no such file\); run create_data_lists\.py --validation"
+    ):
+        PascalVOCDataset(lists, "VAL")
+    (lists / "TRAIN_images.json").unlink()
+    with pytest.raises(
+        InputError, match=r"TRAIN_images\.json: .*\(no such file\); run create_data_lists\.py to make it"
+    ):
+        PascalVOCDataset(lists, "TRAIN")
+    (lists / "label_map.json").unlink()
+    with pytest.raises(InputError, match=r"label_map\.json: cannot read"):
+        PascalVOCDataset(lists, "TEST")
+    with pytest.raises(ValueError, match="must be 'TRAIN', 'VAL' or 'TEST', not 'DEV'"):
+        PascalVOCDataset(lists, "dev")
+
+
+def test_a_folder_without_lists_is_refused_with_the_command_that_makes_them(tmp_path):
+    for folder in ("nowhere", tmp_path):
+        remedies = "create_data_lists.py --output-folder {} .*train.py --sample"
+        with pytest.raises(InputError, match=f"^{folder}: has no lists .*{remedies.format(folder)}"):
+            PascalVOCDataset(folder, "TRAIN")
 
 
 def test_a_box_outside_the_image_is_reported_with_the_image(lists):
@@ -251,6 +271,50 @@ def test_either_all_lists_are_replaced_or_none(lists, voc):
     with pytest.raises(TypeError):  # the last file cannot be written
         create_data_lists([(folder, "trainval")], [(folder, "test")], lists, {"background": 0, "cat": {1}})
     assert {path.name: path.read_bytes() for path in lists.iterdir()} == before
+
+
+def test_validation_lists_of_an_earlier_call_are_removed(tmp_path):
+    make_sample(tmp_path, n_train=2, n_test=1, n_val=1)
+    assert has_split(tmp_path, "VAL")
+    make_sample(tmp_path, n_train=2, n_test=1)
+    assert [has_split(tmp_path, split) for split in ("TRAIN", "VAL", "TEST")] == [True, False, True]
+    assert not list(tmp_path.glob("VAL*"))
+
+
+@pytest.mark.parametrize("left", ["images", "objects"])
+def test_half_of_a_splits_lists_counts_as_the_split_so_that_reading_it_names_what_is_missing(left, lists):
+    (lists / f"VAL_{left}.json").write_text("[]")
+    assert has_split(lists, "VAL")
+    missing = "objects" if left == "images" else "images"
+    with pytest.raises(InputError, match=rf"VAL_{missing}\.json: .*no such file"):
+        PascalVOCDataset(lists, "VAL")
+
+
+def test_the_validation_images_of_the_sample_come_after_the_others(tmp_path):
+    plain = make_sample(tmp_path / "plain", n_train=4, n_test=2)
+    lists = make_sample(tmp_path / "val", n_train=4, n_test=2, n_val=3)
+    assert list(lists) == ["TRAIN", "VAL", "TEST"]
+    assert list(plain) == ["TRAIN", "TEST"]
+    names = [os.path.basename(path) for path in lists["VAL"][0]]
+    assert names == ["000006.jpg", "000007.jpg", "000008.jpg"]
+    for split, (images, objects) in plain.items():
+        assert objects == lists[split][1]
+        for image, other in zip(images, lists[split][0], strict=True):
+            with open(image, "rb") as file, open(other, "rb") as other_file:
+                assert os.path.basename(image) == os.path.basename(other)
+                assert file.read() == other_file.read()
+    assert not set(lists["VAL"][0]) & set(lists["TRAIN"][0] + lists["TEST"][0])
+    data = PascalVOCDataset(tmp_path / "val", "val")
+    assert data.images == lists["VAL"][0]
+    assert torch.equal(data[0, 1][0], data[1, 1][0])  # not augmented
+
+
+def test_a_sample_to_learn_by_heart_is_validated_on_its_training_images(tmp_path):
+    lists = make_sample(tmp_path, n_train=3, n_test=1, n_val=5, by_heart=True)
+    assert lists["VAL"] == lists["TRAIN"]
+    assert len(list((tmp_path / "VOCsample" / "JPEGImages").iterdir())) == 4
+    train, val = PascalVOCDataset(tmp_path, "TRAIN"), PascalVOCDataset(tmp_path, "VAL")
+    assert (val.images, val.objects) == (train.images, train.objects)
 
 
 def test_the_sample_never_replaces_other_lists(lists):
