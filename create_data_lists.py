@@ -38,9 +38,9 @@ def parse_arguments(arguments=None):
     add("--test", nargs="+", metavar="ROOT[:SPLIT]", help="folders in VOC's layout to test on [test]")
     add("--split", type=float, metavar="SHARE",
         help="divide all annotated images of --train at random, with this share for training")  # fmt: skip
-    add("--validation", nargs="+", metavar="ROOT[:SPLIT]",
-        help="folders in VOC's layout to validate on during training [val]; these images are not trained on. Or one "
-        "number: the share of the training images to take at random instead")  # fmt: skip
+    add("--validation", nargs="+", metavar="SHARE|ROOT[:SPLIT]",
+        help="take this share of the training images out at random, to validate on; or validate on these folders in "
+        "VOC's layout [val], whose images are not trained on")  # fmt: skip
     add("--seed", type=int, default=0,
         help="seed of --split, --validation SHARE, --preview and --sample [%(default)s]")  # fmt: skip
     add("--labels", metavar="FILE",
@@ -95,7 +95,7 @@ def _parse_share(sources):
 
 
 def find_images(settings):
-    """Return split -> list of (image path, annotation path)."""
+    """Return split -> list of (image path, annotation path); print how many images VAL takes out of TRAIN."""
     if settings.split is not None:
         pairs = find_annotated_images(settings.train)
         train, test = split_at_random(pairs, settings.split, settings.seed, f"--split {settings.split}")

@@ -118,8 +118,7 @@ def read_data_lists(data_folder, split):
         )
     label_file = os.path.join(data_folder, "label_map.json")
     image_file, object_file = _list_files(data_folder, split)
-    option = " --validation" if split == "VAL" else ""
-    remedy = f"run create_data_lists.py{option} to make it"
+    remedy = f"run create_data_lists.py {'with --validation ' if split == 'VAL' else ''}to make it"
     label_map, images, objects = (read_json(path, remedy) for path in (label_file, image_file, object_file))
     check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):

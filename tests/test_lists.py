@@ -197,7 +197,7 @@ def test_missing_and_broken_lists_are_refused_by_name(lists):
     with pytest.raises(InputError, match=r"TEST_objects\.json: cannot read"):
         PascalVOCDataset(lists, "TEST")
     with pytest.raises(
-        InputError, match=r"VAL_images\.json: .*\(no such file\); run create_data_lists\.py --validation"
+        InputError, match=r"VAL_images\.json: .*\(no such file\); run create_data_lists\.py with --validation"
     ):
         PascalVOCDataset(lists, "VAL")
     (lists / "TRAIN_images.json").unlink()
