@@ -7,24 +7,40 @@ python detect.py photo.jpg --explain
 python detect.py --export model.onnx --checkpoint runs/voc/checkpoint.pth
 """
 
-import argparse
 import os
 import sys
 from contextlib import ExitStack
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from model import DETECTION_LIMITS, FEATURE_MAPS, Limits, load_model, split_by_feature_map
-from support.devices import batches_on, choose_precision, count_cores, find_device
+from support.devices import batches_on, choose_precision, explain_memory, find_device
 from support.export import export_onnx
-from support.files import InputError, atomic_writer, check_outputs, encode_json, make_folder, run_command
-from support.images import WRITABLE_FORMATS, draw_boxes, read_image, tile, upright_rgb, write_image
+from support.files import (
+    CommandParser,
+    InputError,
+    atomic_writer,
+    check_outputs,
+    encode_json,
+    make_folder,
+    run_command,
+)
+from support.images import (
+    WRITABLE_FORMATS,
+    draw_boxes,
+    image_loader,
+    list_images,
+    name_copies,
+    read_image,
+    tile,
+    upright_rgb,
+    write_image,
+)
 from support.labels import label_color_map, label_names
-from support.voc import IMAGE_SUFFIXES
-from utils import IMAGE_SIZE, cxcy_to_xy, transform
+from utils import cxcy_to_xy, transform
 
 BATCH_SIZE = 8  # images
 MIN_IMAGES_FOR_PROGRESS = 6  # number of images from which a progress bar is shown
@@ -76,10 +92,7 @@ def find_in_files(paths, model, limits=DETECTION_LIMITS, suppress=None):
         for a file that cannot be read, size and detections are None, and error is a line that says why
     """
     device = model.priors_cxcy.device
-    loader = DataLoader(
-        _ImageFiles(paths), batch_size=BATCH_SIZE, collate_fn=_collate, pin_memory=device.type == "cuda",
-        num_workers=min(count_cores(), len(paths) // BATCH_SIZE),
-    )  # fmt: skip
+    loader = image_loader(paths, _prepare, BATCH_SIZE, device)
     for images, batch_paths, sizes, errors in batches_on(device, loader):
         detections = _detect_batch(images, sizes, model, limits, suppress)
         yield from zip(batch_paths, sizes, detections, errors, strict=True)
@@ -135,29 +148,6 @@ def _to_detections(boxes, labels, scores, size, label_map):
     ]
 
 
-class _ImageFiles(Dataset):
-    """Image files as (prepared image, path, size, None), or (zeros, path, None, error) if one cannot be read."""
-
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        path = self.paths[index]
-        try:
-            image, size = _prepare(read_image(path))
-        except InputError as error:
-            return torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE), path, None, str(error)
-        return image, path, size, None
-
-
-def _collate(samples):
-    images, *rest = zip(*samples, strict=True)
-    return torch.stack(images), *rest
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------
@@ -176,6 +166,29 @@ def annotate(original_image, detections, colors):
 
 def _caption(label, score):
     return f"{label} {score:.2f}"
+
+
+def example_pictures(dataset, model, limits=DETECTION_LIMITS, n=4):
+    """Draw the ground truth and the detections of a data set's first images side by side; the model's mode is kept.
+
+    :param dataset: PascalVOCDataset
+    :param model: SSD300, in any mode
+    :return: n pairs of a title and a uint8 array (height, width, 3): on the left the ground truth, on the right the
+        detections; fewer if the data set has fewer images
+    :raises InputError: naming the file, if an image cannot be read
+    """
+    names, colors = label_names(dataset.label_map), label_color_map(dataset.label_map)
+    was_training = model.training
+    model.eval()
+    pictures = []
+    for number, (path, objects) in enumerate(zip(dataset.images[:n], dataset.objects[:n], strict=True), start=1):
+        image = read_image(path)
+        labels = [names[label] for label in objects["labels"]]
+        truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels])
+        detected = annotate(image, find_objects(image, model, *limits), colors)
+        pictures.append((f"image {number}", np.concatenate([truth, detected], axis=1)))
+    model.train(was_training)
+    return pictures
 
 
 def explain(original_image, model, min_score, max_overlap, top_k, suppress=None):
@@ -226,10 +239,12 @@ def parse_arguments(arguments=None):
         raise InputError("give images or folders of images, or --export FILE.onnx alone")
 
     is_one_file = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
-    images = [image for path in settings.images for image in _list_images(path)]
+    images = [image for path in settings.images for image in list_images(path)]
     settings.images = list(dict.fromkeys(images))  # each once
     if is_one_file and not settings.output_folder:
-        settings.output = settings.output or _default_output(settings)
+        stem, suffix = os.path.splitext(settings.images[0])
+        default = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
+        settings.output = settings.output or default
         if os.path.splitext(settings.output)[1].lower() not in WRITABLE_FORMATS:
             raise InputError(f"{settings.output}: give an --output that ends in {', '.join(WRITABLE_FORMATS)}")
     elif settings.output:
@@ -246,16 +261,14 @@ def parse_arguments(arguments=None):
         folders=[settings.output_folder], inputs=[*settings.images, settings.checkpoint],
     )  # fmt: skip
     if settings.output_folder:
-        settings.copies = _name_copies(settings.images, settings.output_folder)
+        settings.copies = name_copies(settings.images, settings.output_folder)
     else:
         settings.copies = dict.fromkeys(settings.images, settings.output)
     return settings
 
 
 def _make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
     add("--checkpoint", default="coco", help="file of train.py or of a known system [torchvision's COCO weights]")
@@ -274,41 +287,7 @@ def _make_parser():
     return parser
 
 
-def _list_images(path):
-    """Return the image files in a folder, sorted; or, if the path is not a folder, the path itself."""
-    if not os.path.isdir(path):
-        return [path]
-    names = sorted(name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-    if not names:
-        raise InputError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}); give another one")
-    return [os.path.join(path, name) for name in names]
-
-
-def _default_output(settings):
-    stem, suffix = os.path.splitext(settings.images[0])
-    return f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
-
-
-def _name_copies(images, folder):
-    """Return image -> path of its annotated copy in a folder, each different.
-
-    :raises InputError: if a copy would replace one of the images
-    """
-    copies, taken, originals = {}, set(), {os.path.realpath(image) for image in images}
-    for image in images:
-        stem, suffix = os.path.splitext(os.path.basename(image))
-        suffix = suffix if suffix.lower() in WRITABLE_FORMATS else ".jpg"
-        name, number = stem + suffix, 1
-        while name.lower() in taken:  # some file systems ignore case
-            number += 1
-            name = f"{stem}_{number}{suffix}"
-        taken.add(name.lower())
-        copies[image] = os.path.join(folder, name)
-        if os.path.realpath(copies[image]) in originals:
-            raise InputError(f"{copies[image]}: is one of the images itself; give another --output-folder")
-    return copies
-
-
+@explain_memory("close other programs that use it, or use the CPU: set CUDA_VISIBLE_DEVICES to an empty string")
 def main():
     """Run the command line."""
     settings = parse_arguments()
@@ -342,9 +321,8 @@ def _process_files(settings, model, limits):
     n_failed = 0
     with ExitStack() as files:
         json_file = files.enter_context(atomic_writer(settings.json)) if settings.json else None
-        for path, size, detections, error in tqdm(
-            results, "detecting", len(settings.images), unit="image", disable=is_quiet
-        ):
+        bar = tqdm(results, "detecting", len(settings.images), unit="image", disable=is_quiet)
+        for path, size, detections, error in bar:
             if error is None:
                 error = _write_copy(path, detections, colors, settings)
                 _print_detections(path, size, detections, None if error else settings.copies[path], model.label_map)

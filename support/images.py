@@ -1,4 +1,4 @@
-"""Reading and writing images, drawing boxes with captions into them, and putting images side by side.
+"""Listing, reading and writing images, drawing boxes with captions into them, and putting images side by side.
 
 image = read_image("photo.jpg")
 write_image(draw_boxes(image, [(48, 240, 195, 371)], ["dog 0.98"], [(255, 0, 0)]), "annotated.jpg")
@@ -10,9 +10,13 @@ import warnings
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
 
+from support.devices import count_cores
 from support.files import InputError, atomic_writer
+from support.voc import IMAGE_SUFFIXES
 
 WRITABLE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 GRID_COLOR = (150, 150, 150)
@@ -84,6 +88,83 @@ def write_image(image, path, **options):
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be written ({reason}); use another path or another suffix") from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many images
+# ---------------------------------------------------------------------------------------------------------
+
+
+def list_images(path):
+    """Return the image files in a folder, sorted; or, if the path is not a folder, the path itself.
+
+    :raises InputError: if the folder has no images
+    """
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    if not names:
+        raise InputError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}); give another one")
+    return [os.path.join(path, name) for name in names]
+
+
+def name_copies(images, folder):
+    """Return image -> path of its annotated copy in a folder, each different.
+
+    :raises InputError: if a copy would replace one of the images
+    """
+    copies, taken, originals = {}, set(), {os.path.realpath(image) for image in images}
+    for image in images:
+        stem, suffix = os.path.splitext(os.path.basename(image))
+        suffix = suffix if suffix.lower() in WRITABLE_FORMATS else ".jpg"
+        name, number = stem + suffix, 1
+        while name.lower() in taken:  # some file systems ignore case
+            number += 1
+            name = f"{stem}_{number}{suffix}"
+        taken.add(name.lower())
+        copies[image] = os.path.join(folder, name)
+        if os.path.realpath(copies[image]) in originals:
+            raise InputError(f"{copies[image]}: is one of the images itself; give another --output-folder")
+    return copies
+
+
+def image_loader(paths, prepare, batch_size, device):
+    """Return a DataLoader of image files.
+
+    Its batches are images (N, ...) and tuples of N paths, sizes (width, height) and errors. For a file that cannot be
+    read, the image is black, the size None, and the error a line that says why; the other errors are None.
+
+    :param prepare: function that turns a PIL image into a tensor and its upright size, and can be pickled
+    :param device: where the images are going
+    """
+    return DataLoader(
+        _ImageFiles(paths, prepare), batch_size=batch_size, collate_fn=_collate, pin_memory=device.type == "cuda",
+        num_workers=min(count_cores(), len(paths) // batch_size),
+    )  # fmt: skip
+
+
+class _ImageFiles(Dataset):
+    """Image files as (prepared image, path, size, error)."""
+
+    def __init__(self, paths, prepare):
+        self.paths, self.prepare = paths, prepare
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        path = self.paths[index]
+        try:
+            image, size = self.prepare(read_image(path))
+        except InputError as error:
+            black, _ = self.prepare(Image.new("RGB", (1, 1)))
+            return black, path, None, str(error)
+        return image, path, size, None
+
+
+def _collate(samples):
+    images, *rest = zip(*samples, strict=True)
+    return torch.stack(images), *rest
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ import torch
 from PIL import Image, ImageFont
 
 import detect as script
-from detect import explain, find_in_files, find_objects, parse_arguments
-from model import FEATURE_MAPS, SSD300, Limits
+from datasets import PascalVOCDataset
+from detect import detect, example_pictures, explain, find_in_files, find_objects, parse_arguments
+from model import DETECTION_LIMITS, FEATURE_MAPS, SSD300, Limits
 from support.checkpoints import save_weights
 from support.export import export_onnx
 from support.files import InputError
-from support.images import _find_caption_rectangle, _replace_unknown_characters, draw_boxes
-from support.labels import make_label_map
+from support.images import _find_caption_rectangle, _replace_unknown_characters, draw_boxes, read_image
+from support.labels import label_color_map, label_names, make_label_map
 from utils import cxcy_to_gcxgcy, cxcy_to_xy, gcxgcy_to_cxcy, transform, xy_to_cxcy
 
 WEIGHTS_PAGE = Path(script.__file__).with_name("docs") / "weights.md"
@@ -46,6 +47,48 @@ def photos(tmp_path):
     (folder / "c.jpg").write_bytes((folder / "c.jpg").read_bytes()[:-300])
     (folder / "notes.txt").write_text("not an image")
     return folder
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_examples_show_ground_truth_beside_detections_and_keep_the_mode(training, sample, monkeypatch):
+    dataset = PascalVOCDataset(sample, "TEST", keep_difficult=True)
+    model = SSD300(len(dataset.label_map), pretrained=False).train(training)
+    model.label_map = dataset.label_map
+    modes = []
+
+    def forward(images):
+        modes.append(model.training)
+        scores = torch.zeros(1, 8732, model.n_classes)
+        scores[0, 5000, 2] = 9
+        return torch.zeros(1, 8732, 4), scores
+
+    monkeypatch.setattr(model, "forward", forward)
+    examples = example_pictures(dataset, model, n=2)
+    assert model.training == training
+    assert modes == [False, False]
+    assert [title for title, _ in examples] == ["image 1", "image 2"]
+    assert len(example_pictures(dataset, model)) == 3  # all that there are
+    names, colors = label_names(dataset.label_map), label_color_map(dataset.label_map)
+    for (_, picture), path, objects in zip(examples, dataset.images, dataset.objects, strict=False):
+        image = read_image(path)
+        labels = [names[label] for label in objects["labels"]]
+        truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels])
+        detected = detect(image, *DETECTION_LIMITS, model=model)
+        assert picture.dtype == np.uint8
+        assert (picture[:, : image.width] == np.asarray(truth)).all()
+        assert (picture[:, image.width :] == np.asarray(detected)).all()
+        assert (picture[:, : image.width] != picture[:, image.width :]).any()
+
+
+def test_too_little_memory_is_one_line(photos, monkeypatch):
+    def fill_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(script, "load_model", fill_memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 8 * 2**30))
+    monkeypatch.setattr(sys, "argv", ["detect.py", str(photos / "a.jpg")])
+    with pytest.raises(InputError, match="8.0 GiB.*close other programs"):
+        script.main()
 
 
 def test_many_images_are_processed_even_if_one_cannot_be_read(weights, photos, tmp_path, run):
@@ -106,6 +149,7 @@ def test_images_in_batches_have_the_same_detections_as_each_alone(model, photos)
         (["."], "no images in this folder"),
         (["a.jpg", "--output", "x.gif"], "give an --output that ends in"),
         (["a.jpg", "--json", "nowhere/x"], "nowhere"),
+        (["a.jpg", "--min_scor", "0.5"], "mean --min-score"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(arguments, message, tmp_path, monkeypatch):
