@@ -1,11 +1,11 @@
-"""Score a trained SSD300 by mean average precision on the test split, as the Pascal VOC development kit does.
+"""Score a trained SSD300 by mean average precision, as the Pascal VOC development kit does.
 
-python eval.py --data-folder data/voc --checkpoint runs/voc/checkpoint.pth
-python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth --results results.json
-torchrun --nproc-per-node=2 eval.py --data-folder data/voc --checkpoint runs/voc/checkpoint.pth
+python eval.py
+python eval.py --checkpoint runs/mine/best.pth --split val --results results.json --report report
+python eval.py --checkpoint coco --data-folder data/voc
+torchrun --nproc-per-node=2 eval.py
 """
 
-import argparse
 import math
 import os
 import time
@@ -23,6 +23,7 @@ from support.devices import (
     batches_on,
     choose_precision,
     count_cores,
+    explain_memory,
     gather_over_processes,
     ignore_signals,
     join_processes,
@@ -33,22 +34,24 @@ from support.devices import (
     rank,
     sum_over_processes,
 )
-from support.files import InputError, check_outputs, run_command, write_json
+from support.files import CommandParser, InputError, check_outputs, run_command, write_json
+from support.lists import SPLITS
 from support.report import import_report_packages, write_report
 from support.results import (
-    class_rows,
     coco_results,
     coco_scores,
     count_objects,
-    format_table,
     image_names,
     image_sizes,
     import_pycocotools,
+    make_evidence,
     name_voc_results,
+    print_results,
     read_evidence,
     show_scores,
     write_voc_results,
 )
+from support.sources import choose_sources
 from utils import (
     MIN_TRUE_OVERLAP,
     average_precision,
@@ -59,15 +62,14 @@ from utils import (
 
 
 def parse_arguments(arguments=None):
-    """Return the settings of the command line; raises InputError if they are impossible."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Return the checked settings of the command line, completed by `choose_sources`."""
+    parser = CommandParser(__doc__)
     add = parser.add_argument
-    add("--data-folder", required=True, help="folder with the lists of create_data_lists.py")
-    add(
-        "--checkpoint", default="coco", help="checkpoint of train.py, or weights of a known system [torchvision's coco]"
-    )
+    add("--checkpoint", help="of train.py, weights of a known system, or coco for torchvision's "
+        "[checkpoint.pth in runs/ and the name of the data folder, data/voc if none is given]")  # fmt: skip
+    add("--data-folder", help="folder with the lists of create_data_lists.py [the one that the checkpoint was trained "
+        "on; data/voc for other weights]")  # fmt: skip
+    add("--split", type=str.upper, choices=SPLITS, default="TEST", help="lists to score on [%(default)s]")
     add("--batch-size", type=int, default=32, help="images per batch [%(default)s]")
     add("--workers", type=int, default=count_cores(),
         help="processes that load images, 0 for none [number of cores, at most 16]")  # fmt: skip
@@ -99,7 +101,10 @@ def parse_arguments(arguments=None):
         import_report_packages()
     if settings.coco:
         import_pycocotools()
-    names = ("TEST_images.json", "TEST_objects.json", "label_map.json")
+    settings.checkpoint, settings.data_folder, settings.chosen_on = choose_sources(
+        settings.checkpoint, settings.data_folder
+    )
+    names = (f"{settings.split}_images.json", f"{settings.split}_objects.json", "label_map.json")
     lists = [os.path.join(settings.data_folder, name) for name in names]
     inputs = [settings.checkpoint, *lists, *filter(None, [settings.against])]
     folders = [settings.report, settings.voc_results]
@@ -226,21 +231,6 @@ def _none_for_nan(value):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def make_evidence(curves):
-    """Return what the mAP is computed from, in plain values, for each class that is scored.
-
-    :return: {class name: {"images": index of each detection's image, best detection first; "right": 0 or 1 for each
-        detection; "objects": number of objects to detect in each image}}
-    """
-    return {
-        name: {
-            "images": curve.images.tolist(), "right": curve.right.astype(int).tolist(),
-            "objects": curve.n_objects.tolist(),
-        }
-        for name, curve in curves.items() if curve.is_scored
-    }  # fmt: skip
-
-
 def bootstrap(*evaluations, n=1000, seed=0):
     """Return the 11-point mAPs (len(evaluations), n) of n samples of the images, drawn with replacement.
 
@@ -304,48 +294,28 @@ def print_significance(evidence, n, other=None, path=None):
     return significance
 
 
-def print_results(results, rows):
-    """Print both mAPs, the table of classes, and where the time went."""
-    mean, area = results["mAP_11_point"], results["mAP_area"]
-    if mean is None:
-        print("mAP: none, because the test split has no objects to detect")
-    else:
-        print(f"mAP {mean:.4f} by the 11-point rule of VOC2007")
-        print(f"    {area:.4f} by the area under the curve, the rule since VOC2010; do not compare it with the first")
-    print(f"at most {results['top_k']} detections per image, scores above {results['min_score']:g}, suppressed at "
-          f"overlaps above {results['max_overlap']:g}\n")  # fmt: skip
-
-    print(format_table(rows))
-    n_images = results["images"]
-    parts = {
-        "waiting for images": "waiting_seconds", "network": "network_seconds",
-        "post-processing": "post_processing_seconds", "scoring": "scoring_seconds",
-    }  # fmt: skip
-    speed = n_images / sum(results[key] for key in parts.values())
-    print(f"\n{speed:.1f} images/s over {n_images} images on {results['device']}, {results['precision']}, "
-          f"batches of {results['batch_size']}; in ms per image:")  # fmt: skip
-    print("  " + ", ".join(f"{name} {1000 * results[key] / n_images:.1f}" for name, key in parts.items()))
-
-
 def run(settings, device):
     """Evaluate by the settings of the command line, and print and write the results in the first process."""
     # Read and check the inputs before the work.
-    dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
+    if rank() == 0:
+        print(f"scoring {settings.checkpoint} on the {settings.split} split of {settings.data_folder}", flush=True)
+    dataset = PascalVOCDataset(settings.data_folder, settings.split, keep_difficult=True, augment=False)
     precision = choose_precision(settings.precision, device)
     model = load_model(settings.checkpoint, device, dataset.label_map)
     if model.label_map != dataset.label_map:
         raise InputError(
             f"{settings.checkpoint}: its classes ({', '.join(model.label_map)}) are not those of "
-            f"{settings.data_folder} ({', '.join(dataset.label_map)}); give a checkpoint trained on this data"
+            f"{settings.data_folder} ({', '.join(dataset.label_map)}); give the --data-folder that it was trained on"
         )
     names, other = image_names(dataset.images), None
     if settings.bootstrap:
         n_objects = count_objects(dataset.objects, dataset.label_map)
         if not n_objects:
-            raise InputError(f"--bootstrap, --against: {settings.data_folder} has no test objects to detect")
+            message = f"the {settings.split} split of {settings.data_folder} has no objects to detect"
+            raise InputError(f"--bootstrap, --against: {message}")
         other = read_evidence(settings.against, names, n_objects) if settings.against else None
     if settings.voc_results:
-        name_voc_results(settings.voc_results, names, dataset.label_map)
+        name_voc_results(settings.voc_results, names, dataset.label_map, settings.split)
 
     # Detect and score.
     model.to(memory_format=torch.channels_last)  # faster, even on a CPU
@@ -356,17 +326,25 @@ def run(settings, device):
         return
     results, curves, detections, ground_truth = evaluation
     results = {
-        "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "device": name_hardware(),
-        "processes": n_processes(), "precision": precision, "batch_size": settings.batch_size, **limits._asdict(),
-        **results,
+        "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "split": settings.split,
+        "device": name_hardware(), "processes": n_processes(), "precision": precision,
+        "batch_size": settings.batch_size, **limits._asdict(), **results,
     }  # fmt: skip
+    if settings.chosen_on == settings.split:
+        remedy = "use --split TEST"
+        if settings.split == "TEST":
+            remedy = "make VAL lists with create_data_lists.py --validation, and train with them"
+        results["note"] = (
+            "This network was chosen by its score on these very images, so the score is optimistic; for an honest one, "
+            f"{remedy}."
+        )
 
     # Print and write. The results file comes first, so that a later failure cannot lose it.
     evidence = make_evidence(curves)
     basis = {"image_names": names, "evidence": evidence}
     if settings.results:
         write_json({settings.results: results | basis})
-    print_results(results, class_rows(results, curves))
+    print_results(results, curves)
     if settings.bootstrap:
         results["significance"] = print_significance(evidence, settings.bootstrap, other, settings.against)
     sizes = image_sizes(dataset.images) if settings.coco or settings.voc_results or settings.detections else None
@@ -376,7 +354,7 @@ def run(settings, device):
     if settings.results:
         write_json({settings.results: results | basis})
     if settings.voc_results:
-        write_voc_results(settings.voc_results, detections, names, sizes, model.label_map)
+        write_voc_results(settings.voc_results, detections, names, sizes, model.label_map, settings.split)
     if settings.detections:
         write_json({settings.detections: coco_results(detections, names, sizes)})
     if settings.report:
@@ -391,7 +369,8 @@ def main():
     settings = parse_arguments()
     device = join_processes()
     try:
-        run(settings, device)
+        with explain_memory(f"lower --batch-size {settings.batch_size}"):
+            run(settings, device)
     finally:
         leave_processes()
 

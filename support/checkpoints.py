@@ -162,6 +162,21 @@ def read_weights(source, parameter_names, label_map=None):
     return {**description, "label_map": label_map}
 
 
+def read_origin(source):
+    """Return what a file of ours says about its training, and None for what is unknown, as in files of other systems.
+
+    :param source: as for `read_weights`
+    :return: {"data_folder": that it was trained on, "chosen_on": split whose score chose this network from its run}
+    """
+    origin = {"data_folder": None, "chosen_on": None}
+    try:
+        contents = torch.load(source, map_location="cpu", weights_only=True, mmap=True)  # mmap: reads no weights
+        origin |= {"data_folder": str(contents["settings"]["data_folder"]), "chosen_on": contents.get("chosen_on")}
+    except Exception:  # the file has no such facts, or cannot be read; then load_model says why
+        pass
+    return origin
+
+
 def _describe(contents, parameter_names):
     """Return {"model", "priors", "pixel_mean"} of another system's file."""
     weights = contents.get("model", contents.get("state_dict", contents))

@@ -1,6 +1,6 @@
-"""Result files of VOC, of COCO and of eval.py, COCO's scores, and the table of classes.
+"""Result files of VOC, of COCO and of eval.py, COCO's scores, and what eval.py prints.
 
-write_voc_results("results", detections, image_names(paths), image_sizes(paths), label_map)
+write_voc_results("results", detections, image_names(paths), image_sizes(paths), label_map, "TEST")
 scores = coco_scores(detections, ground_truth, image_names(paths), image_sizes(paths), label_map)
 
 `detections` are boxes, labels and scores, `ground_truth` boxes, labels and difficulties: three lists each, with one
@@ -67,10 +67,11 @@ def pixel_boxes(boxes, size):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def name_voc_results(folder, names, label_map):
-    """Return {label: path} of the files that VOC's evaluations read, comp4_det_test_CLASS.txt.
+def name_voc_results(folder, names, label_map, split):
+    """Return {label: path} of the files that VOC's evaluations read, comp4_det_SPLIT_CLASS.txt.
 
     :param names: of the images, from `image_names`
+    :param split: 'TRAIN', 'VAL' or 'TEST'
     :raises InputError: if a class cannot be part of a file name, or an image's name cannot stand in such a file
     """
     with_spaces = [name for name in names if len(name.split()) != 1]
@@ -79,16 +80,18 @@ def name_voc_results(folder, names, label_map):
     for name in label_map:
         if os.sep in name or not name.isprintable() or len(name.encode()) > 200:
             raise InputError(f"--voc-results: the class {name!r} cannot be part of a file name; rename the class")
-    return {label: os.path.join(folder, f"comp4_det_test_{name}.txt") for name, label in label_map.items() if label}
+    start = os.path.join(folder, f"comp4_det_{split.lower()}_")
+    return {label: f"{start}{name}.txt" for name, label in label_map.items() if label}
 
 
-def write_voc_results(folder, detections, names, sizes, label_map):
+def write_voc_results(folder, detections, names, sizes, label_map, split):
     """Write a file per class with a line per detection: image, score, box in 1-based pixels.
 
     :param names, sizes: of the images, from `image_names` and `image_sizes`
+    :param split: 'TRAIN', 'VAL' or 'TEST'
     :raises InputError: as `name_voc_results` does
     """
-    paths = name_voc_results(folder, names, label_map)
+    paths = name_voc_results(folder, names, label_map, split)
     lines = {label: [] for label in paths}
     for boxes, labels, scores, name, size in zip(*detections, names, sizes, strict=True):
         for box, label, score in zip(pixel_boxes(boxes, size) + 1, labels.tolist(), scores.tolist(), strict=True):
@@ -175,7 +178,7 @@ def show_scores(scores):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Results of an earlier evaluation
+# What two evaluations are compared by
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +193,21 @@ def count_objects(objects, label_map):
         for label, difficulty in zip(annotation["labels"], annotation["difficulties"], strict=True):
             counts[names[label]][image] += difficulty == 0
     return {name: per_image for name, per_image in counts.items() if any(per_image)}
+
+
+def make_evidence(curves):
+    """Return what the mAP is computed from, in plain values, for each class that is scored.
+
+    :return: {class name: {"images": index of each detection's image, best detection first; "right": 0 or 1 for each
+        detection; "objects": number of objects to detect in each image}}
+    """
+    return {
+        name: {
+            "images": curve.images.tolist(), "right": curve.right.astype(int).tolist(),
+            "objects": curve.n_objects.tolist(),
+        }
+        for name, curve in curves.items() if curve.is_scored
+    }  # fmt: skip
 
 
 def read_evidence(path, names, n_objects):
@@ -221,7 +239,7 @@ def read_evidence(path, names, n_objects):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The table of classes
+# What is printed
 # ---------------------------------------------------------------------------------------------------------
 
 CLASS_COLUMNS = (
@@ -232,6 +250,35 @@ CLASS_NOTE = (
     "Recall is that of all detections. At F1: at the score with the highest harmonic mean of precision and recall.\n"
     "Classes without objects to detect are left out of the mean."
 )
+
+
+def print_results(results, curves):
+    """Print both mAPs, the table of classes, and where the time went.
+
+    :param results: plain values by name, as `eval.run` collects them
+    :param curves: {class name: utils.Curve}
+    """
+    mean, area = results["mAP_11_point"], results["mAP_area"]
+    if mean is None:
+        print(f"mAP: none, because the {results['split']} split has no objects to detect")
+    else:
+        print(f"mAP {mean:.4f} by the 11-point rule of VOC2007")
+        print(f"    {area:.4f} by the area under the curve, the rule since VOC2010; do not compare it with the first")
+    if "note" in results:
+        print(results["note"])
+    print(f"at most {results['top_k']} detections per image, scores above {results['min_score']:g}, suppressed at "
+          f"overlaps above {results['max_overlap']:g}\n")  # fmt: skip
+
+    print(format_table(class_rows(results, curves)))
+    n_images = results["images"]
+    parts = {
+        "waiting for images": "waiting_seconds", "network": "network_seconds",
+        "post-processing": "post_processing_seconds", "scoring": "scoring_seconds",
+    }  # fmt: skip
+    speed = n_images / sum(results[key] for key in parts.values())
+    print(f"\n{speed:.1f} images/s over {n_images} images on {results['device']}, {results['precision']}, "
+          f"batches of {results['batch_size']}; in ms per image:")  # fmt: skip
+    print("  " + ", ".join(f"{name} {1000 * results[key] / n_images:.1f}" for name, key in parts.items()))
 
 
 def class_rows(results, curves):
