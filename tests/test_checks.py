@@ -308,6 +308,24 @@ def test_validation_images_that_cannot_be_used_are_refused(train, validation, me
     assert not (tmp_path / "lists").exists()
 
 
+def test_downloaded_data_can_be_validated_on_its_own_splits(folder, tmp_path, monkeypatch):
+    labels = tmp_path / "labels"
+    labels.write_text("bolt")
+    splits = {"trainval": {"a.jpg": xml(BOLT), "b.jpg": xml(BOLT)}, "test": {"c.jpg": xml(BOLT)}}
+    roots = [folder(splits, f"VOCdevkit/VOC{year}") for year in (2007, 2012)]
+    for root in roots:
+        (root / "ImageSets" / "Main" / "val.txt").write_text("b")
+    monkeypatch.setattr(script, "download_voc", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--download", ".", "--validation", *roots, "--labels", labels, "--output-folder", tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["create_data_lists.py", *map(str, arguments)])
+    script.main()
+    images = {split: PascalVOCDataset(tmp_path / "out", split).images for split in ("TRAIN", "VAL", "TEST")}
+    assert images["TRAIN"] == [str(root / "JPEGImages" / "a.jpg") for root in roots]
+    assert images["VAL"] == [str(root / "JPEGImages" / "b.jpg") for root in roots]
+    assert images["TEST"] == [str(roots[0] / "JPEGImages" / "c.jpg")]
+
+
 def test_one_training_image_cannot_be_divided(divided, tmp_path):
     (divided / "ImageSets" / "Main" / "one.txt").write_text("00")
     with pytest.raises(InputError, match=r"--validation 0\.5: cannot divide fewer than two"):
