@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from model import DETECTION_LIMITS, FEATURE_MAPS, Limits, load_model, split_by_feature_map
@@ -173,8 +174,8 @@ def example_pictures(dataset, model, limits=DETECTION_LIMITS, n=4):
 
     :param dataset: PascalVOCDataset
     :param model: SSD300, in any mode
-    :return: n pairs of a title and a uint8 array (height, width, 3): on the left the ground truth, on the right the
-        detections; fewer if the data set has fewer images
+    :return: n pairs of a title and a PIL image: on the left the ground truth, on the right the detections; fewer if the
+        data set has fewer images
     :raises InputError: naming the file, if an image cannot be read
     """
     names, colors = label_names(dataset.label_map), label_color_map(dataset.label_map)
@@ -186,7 +187,7 @@ def example_pictures(dataset, model, limits=DETECTION_LIMITS, n=4):
         labels = [names[label] for label in objects["labels"]]
         truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels])
         detected = annotate(image, find_objects(image, model, *limits), colors)
-        pictures.append((f"image {number}", np.concatenate([truth, detected], axis=1)))
+        pictures.append((f"image {number}", Image.fromarray(np.concatenate([truth, detected], axis=1))))
     model.train(was_training)
     return pictures
 

@@ -51,7 +51,7 @@ from support.results import (
     show_scores,
     write_voc_results,
 )
-from support.sources import choose_sources
+from support.runs import choose_sources
 from utils import (
     MIN_TRUE_OVERLAP,
     average_precision,
@@ -134,12 +134,12 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
     Several processes call it together, each with its `evaluation_loader`. Each gets the results of the whole data set.
 
     :param loader: batches of `collate_fn`
-    :param limits: of `SSD300.detect_objects`; None detects nothing
+    :param limits: of `SSD300.detect_objects`
     :param precision: of the network's arithmetic, a key of PRECISIONS
     :param criterion: MultiBoxLoss; with it, the loss is computed, too
     :param interruption: support.devices.Interruption, which ends the work early
     :return: detections (boxes, labels, scores) and ground_truth (boxes, labels, difficulties): three lists each, of one
-        tensor per image, boxes fractional xy; empty if limits is None. Then a dict: "waiting_seconds" for images,
+        tensor per image, boxes fractional xy. Then a dict: "waiting_seconds" for images,
         "network_seconds", "post_processing_seconds", all of this process; with a criterion also "loss", normalised as
         if all images were one batch. Returns None if any process was interrupted.
     """
@@ -162,9 +162,8 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
             confidence, localization, n_positives = criterion.parts(*predictions, *targets[:2])
             loss = confidence + criterion.alpha * localization
             loss_sums += torch.stack([loss * n_positives, n_positives])
-        if limits:
-            results = (*model.detect_objects(*predictions, *limits), *targets)
-            batches.append([[tensor.cpu().numpy() for tensor in part] for part in results])
+        results = (*model.detect_objects(*predictions, *limits), *targets)
+        batches.append([[tensor.cpu().numpy() for tensor in part] for part in results])
         figures["waiting_seconds"] += started - requested
         figures["network_seconds"] += predicted - started
         requested = _now(device, wait)

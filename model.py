@@ -382,6 +382,26 @@ def build_model(description, source):
     return model
 
 
+def transfer(source, label_map):
+    """Return an SSD300 for other classes with the weights of `source`, and the names of the classes carried over.
+
+    All layers are taken. The class heads keep the filters of classes that both know by name; the others are fresh.
+    """
+    model = SSD300(len(label_map), pretrained=False, priors=source.priors, pixel_mean=source.pixel_mean)
+    model.label_map = label_map
+    shared = [name for name in label_map if name in source.label_map]
+    ours, theirs = ([classes[name] for name in shared] for classes in (label_map, source.label_map))
+    weights = model.state_dict()
+    for name, value in source.state_dict().items():
+        if name.startswith("pred_convs.cl_"):
+            # (n_priors * n_classes, ...) -> (n_priors, n_classes, ...)
+            per_class = weights[name].unflatten(0, (-1, model.n_classes))
+            per_class[:, ours] = value.unflatten(0, (-1, source.n_classes))[:, theirs]
+        else:
+            weights[name].copy_(value)
+    return model, shared
+
+
 class MultiBoxLoss(nn.Module):
     """The training objective (paper §2.2, equations 1 to 3), for a whole batch at once.
 
@@ -418,8 +438,19 @@ class MultiBoxLoss(nn.Module):
         :param boxes: N tensors (n_i, 4), fractional xy; n_i may be 0; boxes without area are ignored
         :param labels: N tensors (n_i,), 1 ... n_classes - 1
         """
-        n_images, n_priors, n_classes = predicted_scores.shape
         true_boxes, true_labels = self.match(boxes, labels)
+        losses = self.sums(predicted_locs, predicted_scores, true_boxes, true_labels)
+        n_positives = (true_labels > 0).sum()
+        confidence, localization = losses / n_positives.clamp(min=1)
+        return confidence, localization, n_positives
+
+    def sums(self, predicted_locs, predicted_scores, true_boxes, true_labels):
+        """Return confidence loss and localisation loss (2,), summed over positives and hard negatives.
+
+        :param predicted_locs, predicted_scores: as for `parts`
+        :param true_boxes, true_labels: each prior's target, as from `match`
+        """
+        n_images, n_priors, n_classes = predicted_scores.shape
         positive = true_labels > 0  # (N, 8732)
         n_positives = positive.sum(dim=1)
         n_used = (1 + self.neg_pos_ratio) * n_positives
@@ -448,10 +479,7 @@ class MultiBoxLoss(nn.Module):
             predicted_scores.reshape(-1, n_classes), true_labels.gather(1, ranked).reshape(-1), reduction="none"
         ).reshape(n_images, n_ranked)
         confidence = torch.where(position < n_used[:, None], confidence, 0).sum()
-
-        n_positives = n_positives.sum()
-        normalizer = n_positives.clamp(min=1)
-        return confidence / normalizer, localization / normalizer, n_positives
+        return torch.stack([confidence, localization])
 
     @staticmethod
     def count_ranked(n_used, n_priors):

@@ -52,6 +52,19 @@ def choose_precision(name, device):
     return name
 
 
+@contextmanager
+def explain_memory(remedy):
+    """Turn a lack of GPU memory into an InputError that says how much memory there is.
+
+    :param remedy: what to do, such as "lower --batch-size 32"
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _, total = torch.cuda.mem_get_info()
+        raise InputError(f"the {total / 2**30:.1f} GiB of the GPU's memory do not suffice; {remedy}") from error
+
+
 def make_deterministic():
     """Restrict PyTorch to algorithms that give the same bits every time; call it before any computation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to run without it
@@ -94,6 +107,8 @@ def compile_network(model, image_shape, precision):
         with mixed_precision(precision, device):
             ((images,),) = batches_on(device, [(torch.zeros(image_shape),)])
             sum(part.sum() for part in network(images)).backward()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # most often there is no compiler
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); use --no-compile") from error

@@ -1,12 +1,16 @@
-"""Errors in one line, and files that are written whole or not at all.
+"""Command lines whose errors are one line, and files that are written whole or not at all.
 
+parser = CommandParser(__doc__)
 with atomic_writer("checkpoint.pth") as file:
     file.write(contents)
 if __name__ == "__main__":
     run_command(main)
 """
 
+import argparse
+import difflib
 import errno
+import glob
 import importlib
 import json
 import multiprocessing
@@ -26,6 +30,34 @@ class DivergenceError(InputError):
     """The loss, the gradient or the weights of a training are not finite."""
 
     status = 3
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that also takes --batch_size for --batch-size, and whose errors are InputErrors.
+
+    :param description: printed by --help as it is
+    """
+
+    def __init__(self, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Do what argparse does, after replacing underscores in the names of options."""
+        args = [self._with_hyphens(argument) for argument in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    def _with_hyphens(self, argument):
+        name, equals, value = argument.partition("=")
+        option = name.replace("_", "-")
+        return option + equals + value if option in self._option_string_actions else argument
+
+    def error(self, message):
+        """Raise InputError, and for an unknown option name the one that is closest to it."""
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
+        closest = difflib.get_close_matches(unknown.replace("_", "-"), self._option_string_actions, 1)
+        hint = f"did you mean {closest[0]}?" if closest else f"see python {self.prog} --help"
+        raise InputError(f"{message}; {hint}")
 
 
 def run_command(main):
@@ -100,6 +132,16 @@ def _flush(file):
     """Write everything to the disk, or raise OSError."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def remove_half_written(folder, *names):
+    """Remove what `atomic_writer` leaves in a folder if the process is killed.
+
+    :param names: of the files that were to be written; may contain wildcards
+    """
+    for name in names:
+        for path in glob.glob(os.path.join(glob.escape(folder), f"{name}.*.tmp")):
+            os.remove(path)
 
 
 def write_files(files):

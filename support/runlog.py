@@ -1,4 +1,4 @@
-"""The log of a training: JSON lines, TensorBoard, speed.
+"""The log of a training: JSON lines, TensorBoard, curves, speed.
 
 log = RunLog("runs/voc", describe_run(vars(settings), classes, precision))
 stopwatch = Stopwatch()
@@ -7,6 +7,7 @@ log.append({"event": "train", "iteration": 20, "loss": 7.5, **stopwatch.figures(
 
 import datetime
 import glob
+import io
 import json
 import os
 import platform
@@ -15,12 +16,13 @@ import sys
 import time
 from contextlib import suppress
 
+import numpy as np
 import torch
 import torchvision
 from tqdm import tqdm
 
-from support.devices import n_processes, name_hardware, rank
-from support.files import atomic_writer, import_optional
+from support.devices import any_process, n_processes, name_hardware, rank
+from support.files import InputError, atomic_writer, import_optional, write_files
 
 
 class RunLog:
@@ -34,7 +36,7 @@ class RunLog:
     """
 
     def __init__(self, folder, description, keep=None, tensorboard=False, iteration=0):
-        self.path, self.board = os.path.join(folder, "log.jsonl"), None
+        self.folder, self.path, self.board = folder, os.path.join(folder, "log.jsonl"), None
         earlier = read_log(folder) if keep else []
         self.kept = [record for record in earlier if keep(record)]  # what a resumed run goes on from
         # TensorBoard hides what was logged after `iteration`; what is repeated at it would be shown twice.
@@ -54,7 +56,7 @@ class RunLog:
         """Append a record; a disk that is full does not end the training.
 
         :param record: plain values by name, "event" and "iteration" among them
-        :param pictures: (title, uint8 array (height, width, 3)) of each picture for TensorBoard
+        :param pictures: (title, PIL image) of each picture for TensorBoard
         """
         if rank() > 0:
             return
@@ -62,13 +64,25 @@ class RunLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             if self.board and (record["event"], record["iteration"]) not in self.on_board:
-                for name in record.keys() - {"event", "iteration"}:
+                for name in record.keys() - {"event", "iteration", "split"}:
                     self.board.add_scalar(f"{record['event']}/{name}", record[name], record["iteration"])
                 for title, picture in pictures:
-                    self.board.add_image(title, picture, record["iteration"], dataformats="HWC")
+                    self.board.add_image(title, np.asarray(picture), record["iteration"], dataformats="HWC")
                 self.board.flush()
         except OSError as error:
             warn(f"{self.path}: cannot write the log ({error})")
+
+    def draw_curves(self):
+        """Draw losses, learning rate and validations into curves.png, if the matplotlib package is installed."""
+        if rank() > 0:
+            return
+        try:
+            (figures,) = import_optional("curves.png", "matplotlib.figure", packages="matplotlib")
+            write_files({os.path.join(self.folder, "curves.png"): draw_curves(figures, read_log(self.folder))})
+        except InputError:
+            return
+        except OSError as error:
+            warn(f"{self.folder}: cannot write curves.png ({error})")
 
 
 def read_log(folder):
@@ -82,14 +96,6 @@ def read_log(folder):
             with suppress(ValueError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "event" in record]
-
-
-def take_in_validations(progress, records):
-    """Update "best_loss" and "best_map" of a resumed run by the log: its checkpoint was saved before its validation."""
-    for record in records:
-        if record["event"] == "validation":
-            progress["best_loss"] = min(progress["best_loss"], record["loss"])
-            progress["best_map"] = max(progress["best_map"], record.get("mAP_11_point", -1.0))
 
 
 def import_tensorboard():
@@ -117,6 +123,13 @@ def describe_run(settings, classes, precision):
         "precision": precision,
         "git_commit": commit,
     }  # fmt: skip
+
+
+def has_validation(folder, iteration):
+    """Tell whether the log in an output folder has the validation of an iteration; the same answer in all processes."""
+    records = read_log(folder)  # which only process 0 is sure to have
+    logged = any(record["event"] == "validation" and record.get("iteration") == iteration for record in records)
+    return not any_process(rank() == 0 and not logged)
 
 
 def mean_losses(losses, alpha):
@@ -155,8 +168,8 @@ class Stopwatch:
         return {"images_per_second": self.n_batches * batch_size / elapsed, "data_wait": self.waited / elapsed}
 
 
-def show(bar, record):
-    """Show a record of training on a progress bar; print it if the bar is off, as in a file."""
+def show(bar, record, batch_size):
+    """Show a record of training on a progress bar; print it with the time left if the bar is off, as in a file."""
     parts = {
         "loss": f"{record['loss']:.3f}", "conf": f"{record['confidence_loss']:.3f}",
         "loc": f"{record['localization_loss']:.3f}", "lr": f"{record['lr']:.1e}",
@@ -164,7 +177,41 @@ def show(bar, record):
     }  # fmt: skip
     bar.set_postfix(parts)
     if bar.disable and rank() == 0:
-        print(f"iteration {record['iteration']}: " + ", ".join(f"{k} {v}" for k, v in parts.items()), flush=True)
+        seconds = (bar.total - record["iteration"]) * batch_size / record["images_per_second"]
+        parts["time left"] = tqdm.format_interval(seconds)
+        figures = ", ".join(f"{name} {value}" for name, value in parts.items())
+        print(f"iteration {record['iteration']} of {bar.total}: {figures}", flush=True)
+
+
+def draw_curves(figures, records):
+    """Return a PNG picture of the losses, the learning rate and the validations in the records of a log.
+
+    :param figures: the module matplotlib.figure
+    """
+    training = [record for record in records if record["event"] == "train"]
+    validations = [record for record in records if record["event"] == "validation"]
+    scored = [record for record in validations if "mAP_11_point" in record]
+    figure = figures.Figure(figsize=(8, 8), layout="constrained")
+    losses, rates, scores = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 2))
+    for name, label in (("confidence_loss", "confidence"), ("localization_loss", "localization"), ("loss", "sum")):
+        losses.plot(*_points(training, name), label=label)
+    losses.plot(*_points(validations, "loss"), "o-", markersize=4, label="sum, validation")
+    losses.set(ylabel="loss", yscale="log")
+    losses.legend()
+    rates.plot(*_points(training, "lr"))
+    rates.set(ylabel="learning rate", yscale="log")
+    scores.plot(*_points(scored, "mAP_11_point"), "o-", markersize=4)
+    scores.set(xlabel="iteration", ylabel="validation mAP", ylim=(-0.02, 1.02))
+    for axes in (losses, rates, scores):
+        axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
+
+
+def _points(records, name):
+    """Return the iterations and the values of a figure in records."""
+    return [record["iteration"] for record in records], [record[name] for record in records]
 
 
 def warn(message):

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.files import InputError, read_text
+from support.images import IMAGE_SUFFIXES
 from support.labels import label_map
 from support.lists import (
     MAX_COORDINATE,
@@ -22,8 +23,6 @@ from support.lists import (
     label_objects,
     write_data_lists,
 )
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in lower or upper case
 
 
 def read_annotation(annotation_path, zero_based=False, classes=None):

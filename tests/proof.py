@@ -53,7 +53,7 @@ from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 # Training from scratch; it takes some minutes on a large GPU.
 RECIPE = (
     "--no-pretrained --batch-size 32 --iterations 6000 --lr 0.001 --warmup 500 --decay-at 4500 5500 --grad-clip 5 "
-    "--checkpoint-every 1000000"
+    "--checkpoint-every 1000000 --validate-every 0"
 )
 SYSTEMS = {
     "ours": "--precision auto",

@@ -157,7 +157,7 @@ def test_the_failure_of_another_process_is_one_line(monkeypatch):
 def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(precision, sample, tmp_path, run):
     """Compare six iterations with three, resumed for another three."""
     arguments = ("--data-folder", sample, "--no-pretrained", "--batch-size", 4, "--workers", 0, "--warmup", 3,
-                 "--deterministic", "--precision", precision)  # fmt: skip
+                 "--deterministic", "--decay-at", 5, "--precision", precision)  # fmt: skip
     run("train.py", *arguments, "--output-folder", tmp_path / "whole", "--iterations", 6)
     run("train.py", *arguments, "--output-folder", tmp_path / "parts", "--iterations", 3)
     run("train.py", "--resume", tmp_path / "parts" / "checkpoint.pth", "--iterations", 6)

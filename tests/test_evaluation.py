@@ -38,7 +38,7 @@ from support.results import (
     write_voc_results,
 )
 from support.sample import make_sample
-from support.sources import choose_sources
+from support.runs import choose_sources
 from utils import MIN_TRUE_OVERLAP, best_objects_of_other_classes, calculate_mAP, precision_recall_curves
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])

@@ -74,7 +74,8 @@ def test_examples_show_ground_truth_beside_detections_and_keep_the_mode(training
         labels = [names[label] for label in objects["labels"]]
         truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels])
         detected = detect(image, *DETECTION_LIMITS, model=model)
-        assert picture.dtype == np.uint8
+        assert picture.mode == "RGB"
+        picture = np.asarray(picture)
         assert (picture[:, : image.width] == np.asarray(truth)).all()
         assert (picture[:, image.width :] == np.asarray(detected)).all()
         assert (picture[:, : image.width] != picture[:, image.width :]).any()

@@ -1,6 +1,7 @@
 """Whole scripts, run as a user runs them; bad input ends in a one-line error."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -19,7 +20,8 @@ from support.labels import label_color_map, label_map, make_label_map
 from support.sample import SAMPLE_LABELS
 from utils import transform
 
-QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5)
+QUICK = ("--no-pretrained", "--batch-size", 2, "--workers", 0, "--log-every", 1, "--warmup", 2, "--grad-clip", 5,
+         "--validate-every", 0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,8 @@ def trained(sample, tmp_path_factory):
     """Folder of a run of three iterations with checkpoints and validation, and its output."""
     folder = tmp_path_factory.mktemp("run")
     arguments = ("--data-folder", sample, "--output-folder", folder, *QUICK, "--iterations", 3)
-    script = Script("train.py", *arguments, "--checkpoint-every", 2, "--validate-every", 3, "--seed", 7)
+    schedule = ("--validate-every", 3, "--checkpoint-every", 2, "--keep-every", 2, "--decay-at", 9)
+    script = Script("train.py", *arguments, *schedule, "--seed", 7)
     return folder, "".join(script.finish())
 
 
@@ -45,6 +48,11 @@ def test_training_writes_checkpoints_and_a_log(trained, sample):
     assert start["hardware"]
     steps = [record for record in rest if record["event"] == "train"]
     assert [record["iteration"] for record in steps] == [1, 2, 3]
+    assert "iteration 3 of 3: loss " in printed
+    assert "time left 00:00" in printed
+    assert "validation every 3 iterations, on the 3 images of the TEST split" in printed
+    assert "best.pth is chosen on the test images" in printed
+    assert '"settings"' not in printed  # which are in the log
     assert [record["lr"] for record in steps] == [0.0005, 0.001, 0.001]
     for record in steps:
         assert record["loss"] == pytest.approx(record["confidence_loss"] + record["localization_loss"])
@@ -55,8 +63,11 @@ def test_training_writes_checkpoints_and_a_log(trained, sample):
     assert checkpoint["iteration"] == 3
     best = read_checkpoint(folder / "best.pth")
     assert (best["iteration"], best["best_loss"]) == (3, validation["loss"])
-    assert f"python eval.py --data-folder {sample} --checkpoint {folder / 'checkpoint.pth'}" in printed
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pth", "checkpoint.pth", "log.jsonl"]
+    assert f"python eval.py --checkpoint {folder / 'checkpoint.pth'} --split TEST" in printed
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.pth", "checkpoint.pth", "checkpoint_2.pth", "checkpoint_3.pth", "curves.png", "log.jsonl"
+    ]  # fmt: skip
+    assert read_checkpoint(folder / "checkpoint_2.pth")["iteration"] == 2
 
 
 def test_a_finished_run_is_not_overwritten_but_can_be_continued_or_exported(trained, sample, tmp_path, run):
@@ -111,16 +122,22 @@ def test_detection_prints_objects_and_writes_an_annotated_copy(trained, sample, 
     assert "unicorn" in run("detect.py", *arguments, "--suppress", "unicorn", status=2)
 
 
-def test_a_sample_run_creates_its_data_and_prints_the_next_commands(trained, tmp_path, run):
-    printed = run("train.py", "--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0, cwd=tmp_path)
-    assert (tmp_path / "data" / "sample" / "label_map.json").is_file()
-    assert read_checkpoint(tmp_path / "runs" / "sample" / "checkpoint.pth")["iteration"] == 1
-    assert "python eval.py --data-folder data/sample --checkpoint runs/sample/checkpoint.pth" in printed
-    again = ("--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0)
-    run("train.py", *again, cwd=tmp_path)  # a sample run replaces only an earlier sample run
+def test_a_sample_run_creates_its_data_and_shows_what_it_has_learnt(trained, tmp_path, run):
+    arguments = ("--sample", "--iterations", 1, "--batch-size", 1, "--workers", 0)
+    printed = run("train.py", *arguments, cwd=tmp_path)
+    assert "2 images of data/sample_by_heart" in printed
+    assert "on the 2 images of the TRAIN split" in printed
+    checkpoint = "runs/sample/checkpoint.pth"
+    assert read_checkpoint(tmp_path / checkpoint)["iteration"] == 1
+    with Image.open(tmp_path / "runs" / "sample" / "detected.png") as picture:
+        assert min(picture.size) > 300
+    assert f"python eval.py --checkpoint {checkpoint} --split TRAIN" in printed
+    detection = f"python detect.py data/sample_by_heart/VOCsample/JPEGImages/000000.jpg --checkpoint {checkpoint}"
+    assert detection in printed
+    run("train.py", *arguments, cwd=tmp_path)  # a sample run replaces only an earlier sample run
     folder = trained[0]
-    assert "exists: continue from it" in run("train.py", *again, "--output-folder", folder, cwd=tmp_path, status=2)
-    assert "python detect.py data/sample/VOCsample/JPEGImages/000240.jpg" in printed
+    message = run("train.py", *arguments, "--output-folder", folder, cwd=tmp_path, status=2)
+    assert "exists: continue from it" in message
 
 
 def test_lists_are_created_from_the_command_line(sample, tmp_path, run):
@@ -154,17 +171,33 @@ def test_an_unreadable_image_stops_training_with_an_error_that_names_it(sample, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no data"),
-        (("--data-folder", "nowhere"), "nowhere/label_map.json"),
-        (("--data-folder", "nowhere", "--batch-size", 0), "--batch-size 0: must be 1 or more"),
-        (("--data-folder", "nowhere", "--lr", "nan"), "--lr nan"),
-        (("--data-folder", "nowhere", "--unknown", 1), "unrecognized arguments: --unknown"),
+        ((), "data/voc"),
+        (("--data-folder", "nowhere"), "nowhere"),
+        (("--batch-size", 0), "--batch-size 0: must be 1 or more"),
+        (("--epochs", 0), "--epochs 0: must be above 0"),
+        (("--epochs", "nan"), "--epochs nan: must be above 0"),
+        (("--epochs", 2, "--iterations", 9), "--epochs and --iterations exclude each other"),
+        (("--lr", "nan"), "--lr nan"),
+        (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
+        (("--accumulate", 64), "--accumulate 64: must not exceed --batch-size 32"),
+        (("--batch_sise=8",), "unrecognized arguments: --batch_sise=8; did you mean --batch-size?"),
+        (("--frobnicate", 1), "unrecognized arguments: --frobnicate 1; see python train.py --help"),
         (("--resume", "nowhere.pth"), "nowhere.pth: no such file"),
     ],
 )
 def test_invalid_settings_are_a_one_line_error(arguments, message, run, tmp_path):
     assert message in run("train.py", *arguments, status=2, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_are_accepted_with_underscores():
+    settings = train.parse_settings(["--batch_size", "8", "--weight_decay=0.01", "--output_folder", "my_runs/a_b"])
+    assert (settings.batch_size, settings.weight_decay, settings.output_folder) == (8, 0.01, "my_runs/a_b")
+
+
+def test_results_go_to_a_folder_named_after_the_data():
+    assert train.parse_settings([]).output_folder == os.path.join("runs", "voc")
+    assert train.parse_settings(["--data-folder", "data/mine/"]).output_folder == os.path.join("runs", "mine")
 
 
 def test_the_error_for_a_non_finite_loss_names_the_iteration_and_the_images(sample, tmp_path, run):
@@ -200,8 +233,14 @@ def test_evaluation_rejects_a_checkpoint_with_other_classes(trained, sample, tmp
     assert str(tmp_path) in message
 
 
+def completed(*arguments, n_images=16_551, n_validation_images=4952):
+    settings = train.parse_settings([str(argument) for argument in arguments])
+    train.complete_settings(settings, n_images, n_validation_images)
+    return settings
+
+
 def test_the_learning_rate_warms_up_then_decays_by_factors_of_ten():
-    settings = train.parse_settings(["--data-folder", "x", "--warmup", "4"])
+    settings = completed("--warmup", 4)
     rates = [train.learning_rate(i, settings) for i in (0, 1, 3, 4, 79_999, 80_000, 99_999, 100_000, 119_999)]
     assert rates == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
     assert (settings.batch_size, settings.iterations, settings.momentum, settings.weight_decay) == (
@@ -210,6 +249,64 @@ def test_the_learning_rate_warms_up_then_decays_by_factors_of_ten():
         0.9,
         5e-4,
     )
+
+
+def test_a_schedule_that_is_not_given_follows_the_length_of_the_run():
+    settings = completed()
+    assert (settings.decay_at, settings.warmup, settings.validate_every) == ([80_000, 100_000], 500, 12_000)
+    settings = completed("--iterations", 600)
+    assert (settings.decay_at, settings.warmup) == ([400, 500], 60)
+    assert settings.validate_every == 155  # 4,952 / 32: never more images than were trained on
+    settings = completed("--epochs", 20)
+    assert (settings.iterations, settings.epochs) == (10_344, None)  # 20 * 16,551 / 32
+    assert (settings.decay_at, settings.warmup, settings.validate_every) == ([6896, 8620], 500, 1035)
+    settings = completed("--iterations", 600, "--decay-at", "--warmup", 0, "--validate-every", 7)
+    assert (settings.decay_at, settings.warmup, settings.validate_every) == ([], 0, 7)
+    assert completed(n_validation_images=0).validate_every == 0
+    assert completed("--epochs", 0.001, n_images=6).iterations == 1
+
+
+def test_a_resumed_run_keeps_its_schedule_unless_told_otherwise(trained):
+    checkpoint = trained[0] / "checkpoint.pth"
+    settings = completed("--resume", checkpoint, "--iterations", 600)
+    assert (settings.decay_at, settings.warmup, settings.validate_every) == ([9], 2, 3)
+    assert completed("--resume", checkpoint, "--epochs", 4, n_images=6).iterations == 12
+    assert completed("--resume", checkpoint, "--decay-at", 400).decay_at == [400]
+
+
+def test_resuming_behind_the_original_command_line_works_and_names_what_cannot_change(trained, sample, tmp_path, run):
+    checkpoint = trained[0] / "checkpoint.pth"
+    original = ("--data-folder", sample, *QUICK, "--seed", 7, "--resume", checkpoint, "--output-folder", tmp_path)
+    assert "has finished its 3 iterations" in run("train.py", *original, "--iterations", 3, status=2)
+    for change, message in (
+        (("--seed", 8), "started with --seed 7, which cannot change; leave --seed out"),
+        (("--batch-size", 1), "started with --batch-size 2, which cannot change"),
+        (("--base", checkpoint), "--base, --init-from and --no-pretrained exclude each other"),
+    ):
+        assert message in run("train.py", *original, *change, status=2)
+    message = run("train.py", "--resume", checkpoint, "--init-from", checkpoint, status=2)
+    assert "started without --init-from, which cannot change" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_batch_with_the_default_learning_rate_gets_a_word_of_warning(sample, tmp_path):
+    arguments = ("--data-folder", sample, *QUICK, "--iterations", 1, "--output-folder")
+    _, warned = Script("train.py", *arguments, tmp_path / "a").finish()
+    assert "warning: --lr 0.001 is made for batches of 32; give --lr 6e-05 for batches of 2" in warned
+    _, warned = Script("train.py", *arguments, tmp_path / "b", "--lr", 1e-4).finish()
+    assert "warning" not in warned
+
+
+def test_a_lack_of_gpu_memory_is_one_line_with_the_memory_and_the_remedies(sample, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "train_step", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 8 * 2**30))
+    arguments = ("--data-folder", sample, *QUICK, "--output-folder", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(InputError, match="8.0 GiB of the GPU's memory .* lower --batch-size 2 or raise --accumulate 1"):
+        train.main()
 
 
 def test_biases_get_twice_the_learning_rate_and_no_weight_decay(model):
@@ -257,6 +354,10 @@ class Constant(torch.nn.Module):
         scores = self.bias + (1.0 if self.training else 0.0) * torch.arange(3)
         return self.locs.expand(len(images), -1, -1), scores.expand(len(images), -1, -1)
 
+    def detect_objects(self, locs, *_):
+        """Detect nothing."""
+        return tuple([torch.zeros(shape)] * len(locs) for shape in ((0, 4), (0,), (0,)))
+
 
 BATCH = (
     torch.zeros(2, 3, 8, 8),
@@ -288,8 +389,27 @@ def test_a_training_step_matches_a_hand_computation(grad_clip, scaled):
     assert torch.allclose(network.bias, expected_bias, atol=1e-6)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(scaled, random_objects):
+    rng = np.random.RandomState(0)
+    boxes, labels = zip(*(random_objects(rng, n, n_classes=3) for n in (3, 0, 1, 5, 2)), strict=True)
+    batch = torch.zeros(5, 3, 8, 8), boxes, labels
+    results = []
+    for accumulate in (1, 2, 3, 5, 9):
+        network = Constant()
+        criterion = train.MultiBoxLoss(network.priors_cxcy)
+        optimizer = torch.optim.SGD([{"params": list(network.parameters()), "lr_factor": 1.0}], lr=9)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        losses = train.train_step(network, criterion, optimizer, scaler, batch, 0.1, "fp32", 0.5, accumulate)
+        results.append(torch.cat([losses, network.locs.flatten(), network.bias.flatten()]).detach())
+    assert (results[0][3:] - torch.cat([values.flatten() for values in Constant().parameters()])).norm() > 0.01
+    for result in results[1:]:
+        assert torch.allclose(result, results[0], atol=1e-6)
+
+
 def test_the_validation_loss_does_not_depend_on_how_images_are_batched():
     network = Constant()
+    network.label_map = make_label_map(["cat", "dog"])
     criterion = train.MultiBoxLoss(network.priors_cxcy)
     rng = torch.Generator().manual_seed(1)
     corners = torch.rand(5, 2, generator=rng) / 2
@@ -323,6 +443,8 @@ def test_difficult_objects_are_kept_and_augmentation_can_be_switched_off(sample,
     dataset = train.training_set(settings)
     assert not torch.equal(dataset[0, 0][0], dataset[1, 0][0])
     assert dataset.seed == 4
+    settings = train.parse_settings(["--data-folder", str(tmp_path), "--no-augmentation", "--no-difficult"])
+    assert train.training_set(settings)[0][2:] == (torch.tensor([1]), torch.tensor([0]))
 
     seen = {}
     model = Oracle(dataset.label_map, (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
@@ -334,7 +456,9 @@ def test_difficult_objects_are_kept_and_augmentation_can_be_switched_off(sample,
 
     monkeypatch.setattr(eval_script, "load_model", lambda *arguments: model)
     monkeypatch.setattr(eval_script, "detect_all", record_data)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--data-folder", str(tmp_path), "--workers", "0"])
+    monkeypatch.setattr(
+        sys, "argv", ["eval.py", "--data-folder", str(tmp_path), "--checkpoint", "coco", "--workers", "0"]
+    )
     eval_script.main()
     assert seen["data"][0][3].tolist() == [0, 1]
     assert isinstance(seen["data"], PascalVOCDataset)

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing import event_accumulator
 import train
 from datasets import PascalVOCDataset, TrainingSampler
 from eval import evaluate, evaluation_loader
-from support import runlog
+from support import runlog, runs
 from support.checkpoints import read_checkpoint
 from support.devices import Interruption
 from support.files import DivergenceError, InputError
@@ -28,8 +28,8 @@ from support.sample import make_sample
 TRAIN = str(Path(train.__file__))
 ROOT = Path(TRAIN).parent
 RECIPE = ("--no-pretrained", "--batch-size", 1, "--workers", 1, "--log-every", 2, "--warmup", 3, "--seed", 3,
-          "--iterations", 4, "--checkpoint-every", 1, "--deterministic")  # fmt: skip
-EXTRAS = ("--validate-every", 4, "--validate-map", "--tensorboard")
+          "--iterations", 4, "--checkpoint-every", 1, "--deterministic", "--validate-every", 0)  # fmt: skip
+EXTRAS = ("--validate-every", 4, "--tensorboard")
 
 
 def run_train(*arguments, status=0, **options):
@@ -158,8 +158,9 @@ class Started:
     """The state of a run that train.py has started or resumed: settings, data, network, optimizer, progress."""
 
     def __init__(self, settings):
-        self.settings, self.dataset = settings, train.training_set(settings)
-        state = train.start_or_resume(settings, self.dataset, CPU, "fp32")
+        self.settings, self.dataset, held_out = settings, train.training_set(settings), train.validation_set(settings)
+        train.complete_settings(settings, len(self.dataset), len(held_out or ()))
+        state = train.start_or_resume(settings, self.dataset, held_out, CPU, "fp32")
         self.model, self.optimizer, self.scaler, self.progress = state
         self.criterion = train.MultiBoxLoss(self.model.priors_cxcy)
 
@@ -259,9 +260,13 @@ def test_a_resumed_run_starts_with_the_validation_of_its_checkpoint(run, tmp_pat
     resume(tmp_path, "--validate-every", 2, "--iterations", 5)
 
 
-def test_validation_computes_the_same_map_as_eval_and_restores_training_mode(run, monkeypatch):
+def test_loader(run):
     dataset = PascalVOCDataset(run.settings.data_folder, "TEST", keep_difficult=True)
-    loader = evaluation_loader(dataset, 1, 0, CPU)
+    return evaluation_loader(dataset, 1, 0, CPU)
+
+
+def test_validation_computes_the_same_map_as_eval_and_restores_training_mode(run, monkeypatch):
+    loader = test_loader(run)
     objects = [(boxes[0], labels[0], torch.rand(len(labels[0]))) for _, boxes, labels, _ in loader]
 
     def detect_all_but(n_missed):  # stand-in for detect_objects: the true objects, without some of the first image
@@ -272,7 +277,7 @@ def test_validation_computes_the_same_map_as_eval_and_restores_training_mode(run
     means = []
     for n_missed in (0, 1):
         monkeypatch.setattr(run.model, "detect_objects", detect_all_but(n_missed))
-        means.append(train.validate(loader, run.model, run.criterion, "fp32", with_map=True)["mAP_11_point"])
+        means.append(train.validate(loader, run.model, run.criterion, "fp32")["mAP_11_point"])
         assert run.model.training
         monkeypatch.setattr(run.model, "detect_objects", detect_all_but(n_missed))
         assert evaluate(loader, run.model)[0]["mAP_11_point"] == means[-1]
@@ -280,20 +285,36 @@ def test_validation_computes_the_same_map_as_eval_and_restores_training_mode(run
     assert means[0] == 1 > means[1] > 0
 
 
-@pytest.mark.parametrize(("by_map", "best_at"), [(False, [1, 2, 2]), (True, [1, 1, 3])])
-def test_the_best_network_is_chosen_by_loss_or_by_map(by_map, best_at, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("has_objects", "best_at"), [(False, [1, 2, 2]), (True, [1, 1, 3])])
+def test_the_best_network_is_chosen_by_map_or_without_objects_by_loss(has_objects, best_at, run, tmp_path, monkeypatch):
     log = run.log()
+    run.progress["validated_on"] = "TEST"
     for iteration, (loss, mean) in enumerate(((3.0, 0.5), (2.0, 0.4), (4.0, 0.6)), start=1):
         run.progress["iteration"] = iteration
-        result = {"loss": loss} | ({"mAP_11_point": mean} if by_map else {})
+        result = {"loss": loss} | ({"mAP_11_point": mean} if has_objects else {})
         monkeypatch.setattr(train, "validate", lambda *_, result=result: result)
         assert train.validate_and_keep_best(
-            None, run.model, run.criterion, "fp32", log, run.save, run.progress, by_map, None
+            test_loader(run), run.model, run.criterion, "fp32", log, run.save, run.progress, None
         )
-        assert read_checkpoint(tmp_path / "best.pth")["iteration"] == best_at[iteration - 1]
+        best = read_checkpoint(tmp_path / "best.pth")
+        assert (best["iteration"], best["chosen_on"]) == (best_at[iteration - 1], "TEST")
     run.save()
-    resumed = resume(tmp_path, "--iterations", 9)
-    assert (resumed.progress["best_loss"], resumed.progress["best_map"]) == (2.0, 0.6 if by_map else -1.0)
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["chosen_on"] is None
+    best = 2.0, 0.6 if has_objects else -1.0
+    resumed = resume(tmp_path, "--iterations", 9, "--validate-every", 3).progress
+    assert (resumed["best_loss"], resumed["best_map"]) == best
+    from_log = {"validated_on": "TEST", "best_loss": 9.0, "best_map": -1.0}
+    runs.take_in_validations(from_log, read_log(tmp_path))
+    assert (from_log["best_loss"], from_log["best_map"]) == best
+
+    # Scores on other images do not count.
+    shutil.copytree(run.settings.data_folder, tmp_path / "data")
+    for name in ("images", "objects"):
+        shutil.copy(tmp_path / "data" / f"TEST_{name}.json", tmp_path / "data" / f"VAL_{name}.json")
+    arguments = ("--iterations", 9, "--validate-every", 3, "--data-folder", tmp_path / "data")
+    resumed = resume(tmp_path, *arguments).progress
+    runs.take_in_validations(resumed, read_log(tmp_path))
+    assert (resumed["validated_on"], resumed["best_loss"], resumed["best_map"]) == ("VAL", float("inf"), -1.0)
 
 
 def test_tensorboard_shows_the_log_without_records_that_a_resumed_run_repeats(run, tmp_path):
@@ -316,8 +337,8 @@ def test_tensorboard_shows_the_log_without_records_that_a_resumed_run_repeats(ru
     log = run.log(tensorboard=True, keep=keep, iteration=2)
     log.append({"event": "validation", "iteration": 2, "loss": 7.0})  # repeated
     log.append({"event": "train", "iteration": 3, "loss": 6.0})
-    validation = {"event": "validation", "iteration": 3, "loss": 5.0, "mAP_11_point": 0.25}
-    log.append(validation, train.example_pictures(run.model, test_set))
+    validation = {"event": "validation", "iteration": 3, "split": "TEST", "loss": 5.0, "mAP_11_point": 0.25}
+    log.append(validation, train.example_pictures(test_set, run.model))
     assert run.model.training
     board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -325,8 +346,8 @@ def test_tensorboard_shows_the_log_without_records_that_a_resumed_run_repeats(ru
     assert [event.value for event in board.Scalars("validation/mAP_11_point")] == [0.25]
     assert [(event.step, event.value) for event in board.Scalars("validation/loss")] == [(2, 7.0), (3, 5.0)]
     assert [record.get("loss") for record in read_log(tmp_path)] == [None, 9.0, 8.0, None, 7.0, 6.0, 5.0]
-    assert board.Tags()["images"] == [f"test image {number}" for number in range(3)]
-    (shown,) = board.Images("test image 0")
+    assert board.Tags()["images"] == [f"image {number}" for number in (1, 2, 3)]
+    (shown,) = board.Images("image 1")
     with Image.open(test_set.images[0]) as image:
         assert (shown.width, shown.height, shown.step) == (2 * image.width, image.height, 3)
 
@@ -366,19 +387,23 @@ def test_contradictory_settings_and_missing_packages_are_rejected_before_trainin
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="pip install tensorboard"):
         parse("--data-folder", sample, "--tensorboard")
-    with pytest.raises(InputError, match="needs --validate-every"):
-        parse("--data-folder", sample, "--validate-map")
+    with pytest.raises(InputError, match="--epochs and --iterations exclude each other"):
+        parse("--data-folder", sample, "--epochs", 2, "--iterations", 10)
+    with pytest.raises(InputError, match="--base, --init-from and --no-pretrained exclude each other"):
+        parse("--data-folder", sample, "--init-from", "coco", "--no-pretrained")
 
 
-def test_validation_by_map_needs_a_test_split_with_ground_truth(sample, tmp_path):
-    shutil.copytree(sample, tmp_path / "data")
-    objects = json.loads((sample / "TEST_objects.json").read_text())
+def test_validation_on_images_without_ground_truth_has_a_loss_and_no_map(run, tmp_path):
+    shutil.copytree(run.settings.data_folder, tmp_path / "data")
+    path = tmp_path / "data" / "TEST_objects.json"
+    objects = json.loads(path.read_text())
     for entry in objects:
         entry["difficulties"] = [1] * len(entry["boxes"])
-    (tmp_path / "data" / "TEST_objects.json").write_text(json.dumps(objects))
-    arguments = ("--data-folder", tmp_path / "data", "--output-folder", tmp_path, "--no-pretrained")
-    with pytest.raises(InputError, match="has no ground truth"):
-        train.train(parse(*arguments, "--validate-every", 1, "--validate-map"))
+    path.write_text(json.dumps(objects))
+    run.settings.data_folder = tmp_path / "data"
+    result = train.validate(test_loader(run), run.model, run.criterion, "fp32")
+    assert list(result) == ["loss"]
+    assert result["loss"] > 0
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_is_an_error_only_at_the_end(run, tmp_path, monkeypatch):
@@ -512,7 +537,7 @@ class Detector(SSD300):  # detects all objects but the first of each image, all 
         return [o[1][1:] for o in objects], [o[2][1:] for o in objects], [torch.ones(len(o[1][1:])) for o in objects]
 
 model = Detector()
-result = train.validate(loader, model, MultiBoxLoss(model.priors_cxcy), "fp32", with_map=True)
+result = train.validate(loader, model, MultiBoxLoss(model.priors_cxcy), "fp32")
 print(f"RESULT {json.dumps([len(own), result])}\\n", end="")  # in a single write: torchrun's processes do not buffer
 leave_processes()
 """

@@ -1,0 +1,152 @@
+"""The output folder of a training: where it is, when it may be overwritten, what a run may resume from.
+
+checkpoint, data_folder, chosen_on = choose_sources(None, "data/voc")  # runs/voc/checkpoint.pth
+check_overwriting(settings)
+check_same_run(read_checkpoint(path), settings, defaults, dataset)
+"""
+
+import glob
+import os
+
+from support.checkpoints import read_checkpoint, read_origin
+from support.devices import rank
+from support.files import InputError, remove_half_written
+
+DATA_FOLDER = "data/voc"  # if neither the command line nor a checkpoint names one
+RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl", "curves.png", "detected.png")  # in the output folder
+FIXED = ("batch_size", "seed", "no_pretrained", "base", "init_from")  # settings that a resumed run cannot change
+
+
+def run_folder(data_folder):
+    """Return the output folder of a training on a data folder, unless another one is given."""
+    return os.path.join("runs", os.path.basename(os.path.abspath(data_folder)))
+
+
+def choose_sources(checkpoint, data_folder):
+    """Return the checkpoint and the data folder to score; what is None is completed from the other.
+
+    :param checkpoint: file, or "coco" for torchvision's weights; by default that of the run on the data folder
+    :param data_folder: by default the one that the checkpoint was trained on, or DATA_FOLDER if it does not say
+    :return: checkpoint; data folder; the split of this data whose score chose the checkpoint from its run, or None
+    :raises InputError: if the checkpoint or the data folder does not exist
+    """
+    if data_folder and not os.path.isdir(data_folder):
+        raise InputError(f"{data_folder}: no such folder; give a --data-folder that create_data_lists.py made")
+    checkpoint = checkpoint or os.path.join(run_folder(data_folder or DATA_FOLDER), "checkpoint.pth")
+    if checkpoint != "coco" and not os.path.isfile(checkpoint):
+        raise InputError(
+            f"{checkpoint}: no such file; train first (python train.py --data-folder {data_folder or DATA_FOLDER}), "
+            "or give --checkpoint FILE, or --checkpoint coco for torchvision's weights"
+        )
+    origin = read_origin(checkpoint)
+    trained_on = origin["data_folder"]
+    if trained_on and not data_folder and not os.path.isdir(trained_on):
+        raise InputError(f"{checkpoint}: its data folder, {trained_on}, does not exist any more; give --data-folder")
+    data_folder = data_folder or trained_on or DATA_FOLDER
+    is_other_data = trained_on and os.path.isdir(trained_on) and not os.path.samefile(trained_on, data_folder)
+    return checkpoint, data_folder, None if is_other_data else origin["chosen_on"]
+
+
+def option(name):
+    """Return a setting's name as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_overwriting(settings):
+    """Raise InputError if a new run would overwrite an earlier one; but a sample run may overwrite a sample run."""
+    checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
+    if not os.path.exists(checkpoint) or settings.resume or settings.overwrite or settings.dry_run:
+        return
+    if not (settings.sample and read_checkpoint(checkpoint)["settings"].get("sample")):
+        raise InputError(
+            f"{checkpoint} exists: continue from it with --resume {checkpoint}, or give another --output-folder, "
+            "or --overwrite"
+        )
+
+
+def check_same_run(checkpoint, settings, defaults, dataset):
+    """Print the settings that differ from a checkpoint's, and raise InputError if they make it another run.
+
+    :param checkpoint: as `read_checkpoint` returns it
+    :param settings, defaults: dicts of the settings; the defaults are for settings that an earlier version did not have
+    :param dataset: the training set, with its label_map and fingerprint
+    """
+    source, folder = settings["resume"], settings["data_folder"]
+    if checkpoint["label_map"] != dataset.label_map:
+        raise InputError(
+            f"{source}: its classes ({', '.join(checkpoint['label_map'])}) are not those of {folder} "
+            f"({', '.join(dataset.label_map)}); resume on the same data"
+        )
+    if checkpoint.get("data") not in (None, dataset.fingerprint):
+        raise InputError(f"{source}: trained on other images than those of {folder}")
+    earlier_settings = defaults | checkpoint["settings"]
+    for name, value in settings.items():
+        earlier = earlier_settings[name]
+        if name in FIXED and earlier != value:
+            is_off = earlier is None or earlier is False
+            earlier = f"without {option(name)}" if is_off else f"with {option(name)} {earlier}"
+            raise InputError(f"{source}: this run was started {earlier}, which cannot change; leave {option(name)} out")
+        if name not in ("resume", "weights_only", "dry_run", "overwrite") and earlier != value and rank() == 0:
+            print(f"{option(name)} is {value}, and was {earlier}")
+
+
+def clean(folder, is_new):
+    """Remove the half-written files of an earlier run that was killed and, for a new run, what else it wrote.
+
+    checkpoint.pth and log.jsonl stay until they are replaced.
+    """
+    remove_half_written(folder, "*.pth", *RUN_FILES)
+    if is_new:
+        for name in ("best.pth", "checkpoint_[0-9]*.pth", "curves.png", "detected.png"):
+            for path in glob.glob(os.path.join(glob.escape(folder), name)):
+                os.remove(path)
+
+
+def is_still_true(iteration, log_every, validates_first, record):
+    """Tell whether a record of an earlier log is still true in a run that resumes.
+
+    :param iteration: number of updates made before
+    :param log_every: iterations per record
+    :param validates_first: whether the run begins with the validation of that iteration
+    """
+    logged_at = record.get("iteration", 0)
+    if record["event"] == "validation" and validates_first:
+        return logged_at < iteration
+    is_extra = record["event"] == "train" and logged_at % log_every != 0  # made at the end of a run
+    return logged_at <= iteration and not is_extra
+
+
+def take_in_validations(progress, records):
+    """Update "best_loss" and "best_map" of a resumed run by the log: its checkpoint was saved before its validation.
+
+    Only validations on the same split count. Earlier versions validated on TEST and did not log the split.
+    """
+    for record in records:
+        if record["event"] == "validation" and record.get("split", "TEST") == progress["validated_on"]:
+            progress["best_loss"] = min(progress["best_loss"], record["loss"])
+            progress["best_map"] = max(progress["best_map"], record.get("mAP_11_point", -1.0))
+
+
+def announce(description, dataset, held_out):
+    """Print what is trained on what.
+
+    :param description: as `runlog.describe_run` returns it
+    :param dataset, held_out: data sets for training and for validation; None for no validation
+    """
+    settings, (_, *names) = description["settings"], description["classes"]
+    print(f"SSD300 of {len(names)} classes ({', '.join(names):.60}), {description['precision']} on "
+          f"{description['hardware']}")  # fmt: skip
+    epochs = settings["iterations"] * settings["batch_size"] / len(dataset)
+    print(f"{len(dataset)} images of {settings['data_folder']}, {settings['iterations']} iterations of "
+          f"{settings['batch_size']} images: {epochs:.1f} epochs")  # fmt: skip
+    if held_out is None:
+        print("no validation")
+    elif held_out.images == dataset.images:
+        print("without a GPU these few images are only learnt by heart, which shows that everything works")
+    else:
+        print(f"validation every {settings['validate_every']} iterations, on the {len(held_out)} images of the "
+              f"{held_out.split} split")  # fmt: skip
+        if held_out.split == "TEST":
+            print("best.pth is chosen on the test images, so its score on them will be optimistic; to avoid that, "
+                  "make a VAL split with create_data_lists.py --validation")  # fmt: skip
+    print(f"output: {settings['output_folder']}; all settings are in its log.jsonl", flush=True)
