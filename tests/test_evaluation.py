@@ -37,8 +37,8 @@ from support.results import (
     summarize,
     write_voc_results,
 )
-from support.sample import make_sample
 from support.runs import choose_sources
+from support.sample import make_sample
 from utils import MIN_TRUE_OVERLAP, best_objects_of_other_classes, calculate_mAP, precision_recall_curves
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])
