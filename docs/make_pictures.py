@@ -1,11 +1,15 @@
 """Make the pictures of the documents from the synthetic sample set; the same versions of packages give the same pixels.
 
 python docs/make_pictures.py
+python docs/make_pictures.py runs/sample
 
-It needs matplotlib (pip install matplotlib) and writes to docs/pictures.
+It needs matplotlib (pip install matplotlib) and writes to docs/pictures. Given the output folder of a sample run, it
+also takes over detected.png and curves.png. evaluation.png shows the upper part of that run's page in a browser, made
+by python eval.py --checkpoint runs/sample/checkpoint.pth --split TRAIN --report report
 """
 
 import io
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train
 from datasets import PascalVOCDataset
 from model import FEATURE_MAPS, MultiBoxLoss, create_prior_boxes, split_by_feature_map
 from support.checks import preview
@@ -66,7 +71,11 @@ def main():
             "priors.png": encode_figure(draw_priors(pyplot, plain, criterion)),
             "augmentation.png": encode_figure(draw_augmentation(pyplot, dataset)),
             "preview.jpg": encode_part(preview(dataset, 4, criterion, IMAGENET_MEAN, IMAGENET_STD, PREVIEW_SEED)),
+            "schedule.png": encode_figure(draw_schedule(pyplot)),
         }
+    for run_folder in sys.argv[1:]:
+        for name in ("detected.png", "curves.png"):
+            files[name] = encode_few_colors(read_image(os.path.join(run_folder, name)))
     make_folder(FOLDER)
     write_files({FOLDER / name: content for name, content in files.items()})
     for name, content in files.items():
@@ -77,8 +86,12 @@ def encode_figure(figure):
     """Return a matplotlib figure as a PNG file of few colours."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
-    image = Image.open(buffer).convert("RGB").quantize(N_COLORS, dither=Image.Dither.NONE)
-    return encode(image, "PNG", optimize=True)
+    return encode_few_colors(Image.open(buffer).convert("RGB"))
+
+
+def encode_few_colors(image):
+    """Return a PIL image as a PNG file of few colours."""
+    return encode(image.quantize(N_COLORS, dither=Image.Dither.NONE), "PNG", optimize=True)
 
 
 def encode_part(picture):
@@ -208,6 +221,23 @@ def draw_augmentation(pyplot, dataset):
             axes = add_panel(figure, pixels, left, top + row * step, side)
             for box in boxes:
                 draw_box(axes, box, "#FFE100", 2, outline="black")
+    return figure
+
+
+def draw_schedule(pyplot):
+    """Return a figure of the learning rate over VOC's 16,551 images for two lengths of training."""
+    figure = pyplot.figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for arguments, style in (("--iterations 12000", "-"), ("--epochs 20", "--")):
+        settings = train.parse_settings(arguments.split())
+        train.complete_settings(settings, 16_551, 0)
+        rates = [train.learning_rate(iteration, settings) for iteration in range(settings.iterations)]
+        axes.plot(
+            range(1, settings.iterations + 1), rates, style, label=f"{arguments} ({settings.iterations} iterations)"
+        )
+    axes.set(xlabel="iteration", ylabel="learning rate", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 

@@ -5,8 +5,8 @@ check_overwriting(settings)
 check_same_run(read_checkpoint(path), settings, defaults, dataset)
 """
 
-import glob
 import os
+from contextlib import suppress
 
 from support.checkpoints import read_checkpoint, read_origin
 from support.devices import rank
@@ -91,15 +91,15 @@ def check_same_run(checkpoint, settings, defaults, dataset):
 
 
 def clean(folder, is_new):
-    """Remove the half-written files of an earlier run that was killed and, for a new run, what else it wrote.
+    """Remove what a run that was killed left half-written and, for a new run, results of an earlier one.
 
-    checkpoint.pth and log.jsonl stay until they are replaced.
+    checkpoint.pth and log.jsonl stay until they are replaced, numbered checkpoints for good.
     """
     remove_half_written(folder, "*.pth", *RUN_FILES)
     if is_new:
-        for name in ("best.pth", "checkpoint_[0-9]*.pth", "curves.png", "detected.png"):
-            for path in glob.glob(os.path.join(glob.escape(folder), name)):
-                os.remove(path)
+        for name in ("best.pth", "curves.png", "detected.png"):
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))
 
 
 def is_still_true(iteration, log_every, validates_first, record):

@@ -98,7 +98,9 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(sample, uni
         else:
             script.finish()
     assert kills > 0
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "best.pth", "log.jsonl", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint.pth", "best.pth", "log.jsonl", "curves.png", "tensorboard"
+    }  # fmt: skip
     assert_same_runs(tmp_path, uninterrupted)
 
 
@@ -260,13 +262,13 @@ def test_a_resumed_run_starts_with_the_validation_of_its_checkpoint(run, tmp_pat
     resume(tmp_path, "--validate-every", 2, "--iterations", 5)
 
 
-def test_loader(run):
+def loader_of(run):
     dataset = PascalVOCDataset(run.settings.data_folder, "TEST", keep_difficult=True)
     return evaluation_loader(dataset, 1, 0, CPU)
 
 
 def test_validation_computes_the_same_map_as_eval_and_restores_training_mode(run, monkeypatch):
-    loader = test_loader(run)
+    loader = loader_of(run)
     objects = [(boxes[0], labels[0], torch.rand(len(labels[0]))) for _, boxes, labels, _ in loader]
 
     def detect_all_but(n_missed):  # stand-in for detect_objects: the true objects, without some of the first image
@@ -294,7 +296,7 @@ def test_the_best_network_is_chosen_by_map_or_without_objects_by_loss(has_object
         result = {"loss": loss} | ({"mAP_11_point": mean} if has_objects else {})
         monkeypatch.setattr(train, "validate", lambda *_, result=result: result)
         assert train.validate_and_keep_best(
-            test_loader(run), run.model, run.criterion, "fp32", log, run.save, run.progress, None
+            loader_of(run), run.model, run.criterion, "fp32", log, run.save, run.progress, None
         )
         best = read_checkpoint(tmp_path / "best.pth")
         assert (best["iteration"], best["chosen_on"]) == (best_at[iteration - 1], "TEST")
@@ -401,7 +403,7 @@ def test_validation_on_images_without_ground_truth_has_a_loss_and_no_map(run, tm
         entry["difficulties"] = [1] * len(entry["boxes"])
     path.write_text(json.dumps(objects))
     run.settings.data_folder = tmp_path / "data"
-    result = train.validate(test_loader(run), run.model, run.criterion, "fp32")
+    result = train.validate(loader_of(run), run.model, run.criterion, "fp32")
     assert list(result) == ["loss"]
     assert result["loss"] > 0
 
@@ -473,11 +475,14 @@ def test_resuming_on_other_data_is_rejected_and_changed_settings_are_printed(run
 
 
 def test_a_checkpoint_of_the_previous_version_can_be_resumed(run, tmp_path):
-    """That version saved after the validation, and recorded whether the validation was interrupted."""
+    """That version validated on TEST, saved afterwards, and recorded whether the validation was interrupted."""
+    del run.progress["validated_on"]
     run.progress |= {"iteration": 2, "best_loss": 1.5, "validation_due": True, "pending": [[1.0, 2.0, 3.0]]}
     run.save()
-    progress = resume(tmp_path).progress
-    assert progress == {"iteration": 2, "best_loss": 1.5, "best_map": -1.0, "pending": [[1.0, 2.0, 3.0]]}
+    progress = resume(tmp_path, "--validate-every", 2).progress
+    assert progress == {
+        "iteration": 2, "best_loss": 1.5, "best_map": -1.0, "pending": [[1.0, 2.0, 3.0]], "validated_on": "TEST"
+    }  # fmt: skip
 
 
 def test_two_processes_make_the_same_updates_as_one(sample, tmp_path):
