@@ -1,4 +1,4 @@
-"""SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016): the network, its priors, its loss.
+"""SSD300 and SSD512 (Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016): network, priors, loss.
 
 model = SSD300(n_classes=21)  # or load_model("runs/voc/checkpoint.pth")
 predicted_locs, predicted_scores = model(images)  # (N, 3, 300, 300), ImageNet-normalised
@@ -31,58 +31,97 @@ from utils import (
 # Widths of the 3x3 convolutions conv1_1 ... conv5_3, a tuple per block (VGG-16, configuration D).
 VGG_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-# name: (channels in, channels out, kernel size, stride, padding); paper figure 2, ssd_pascal.py AddExtraLayers.
+# The tables of the two sizes of the network, by the side of its input in pixels.
+
+# name: (channels in, channels out, kernel size, stride, padding); paper figure 2, AddExtraLayers of ssd_pascal.py and
+# ssd_pascal_512.py.
 AUXILIARY_LAYERS = {
-    "conv8_1": (1024, 256, 1, 1, 0),
-    "conv8_2": (256, 512, 3, 2, 1),
-    "conv9_1": (512, 128, 1, 1, 0),
-    "conv9_2": (128, 256, 3, 2, 1),
-    "conv10_1": (256, 128, 1, 1, 0),
-    "conv10_2": (128, 256, 3, 1, 0),
-    "conv11_1": (256, 128, 1, 1, 0),
-    "conv11_2": (128, 256, 3, 1, 0),
+    300: {
+        "conv8_1": (1024, 256, 1, 1, 0),
+        "conv8_2": (256, 512, 3, 2, 1),
+        "conv9_1": (512, 128, 1, 1, 0),
+        "conv9_2": (128, 256, 3, 2, 1),
+        "conv10_1": (256, 128, 1, 1, 0),
+        "conv10_2": (128, 256, 3, 1, 0),
+        "conv11_1": (256, 128, 1, 1, 0),
+        "conv11_2": (128, 256, 3, 1, 0),
+    },
+    512: {
+        "conv8_1": (1024, 256, 1, 1, 0),
+        "conv8_2": (256, 512, 3, 2, 1),
+        "conv9_1": (512, 128, 1, 1, 0),
+        "conv9_2": (128, 256, 3, 2, 1),
+        "conv10_1": (256, 128, 1, 1, 0),
+        "conv10_2": (128, 256, 3, 2, 1),
+        "conv11_1": (256, 128, 1, 1, 0),
+        "conv11_2": (128, 256, 3, 2, 1),
+        "conv12_1": (256, 128, 1, 1, 0),
+        "conv12_2": (128, 256, 4, 1, 1),
+    },
 }
 
-# name: (cells along a side, channels, priors per cell); paper figure 2.
+# name: (cells along a side, channels, priors per cell); paper figure 2, ssd_pascal_512.py.
 FEATURE_MAPS = {
-    "conv4_3": (38, 512, 4),
-    "conv7": (19, 1024, 6),
-    "conv8_2": (10, 512, 6),
-    "conv9_2": (5, 256, 6),
-    "conv10_2": (3, 256, 4),
-    "conv11_2": (1, 256, 4),
+    300: {
+        "conv4_3": (38, 512, 4),
+        "conv7": (19, 1024, 6),
+        "conv8_2": (10, 512, 6),
+        "conv9_2": (5, 256, 6),
+        "conv10_2": (3, 256, 4),
+        "conv11_2": (1, 256, 4),
+    },
+    512: {
+        "conv4_3": (64, 512, 4),
+        "conv7": (32, 1024, 6),
+        "conv8_2": (16, 512, 6),
+        "conv9_2": (8, 256, 6),
+        "conv10_2": (4, 256, 6),
+        "conv11_2": (2, 256, 4),
+        "conv12_2": (1, 256, 4),
+    },
 }
 
-# Families of priors; all lengths are in image sides.
-# scales: side of each feature map's square prior. Its second square prior has the geometric mean of this scale and the
-#   next feature map's as its side, so there is one more scale than feature maps.
-# steps: distance between the centres of neighbouring cells of each feature map.
-# aspect_ratios: width over height of the other priors, in their order. Feature maps with 6 priors per cell take all of
-#   them, those with 4 priors only the ratios from 1/2 to 2. FEATURE_MAPS states the numbers.
-# clip_centers: whether centres beyond the image's border are moved onto it.
-_CAFFE_STEPS = tuple(step / 300 for step in (8, 16, 32, 64, 100, 300))
+
+class Priors(NamedTuple):
+    """A family of priors. All lengths are in image sides.
+
+    Each feature map has a scale, the side of its square prior. Its second square prior has the geometric mean of this
+    scale and the next feature map's as its side, so there is one more scale than feature maps.
+    """
+
+    scales: tuple
+    steps: tuple  # distance between the centres of neighbouring cells of each feature map
+    # Width over height of the other priors, four of them, in their order. Feature maps with 6 priors per cell take all,
+    # those with 4 priors the two that are closest to a square.
+    aspect_ratios: tuple = (2, 1 / 2, 3, 1 / 3)
+    clip_centers: bool = False  # move centres beyond the image's border onto it
+
+
+def _caffe(size, scales, steps, **options):
+    """Return the priors of a Caffe network, whose scales and steps are pixels."""
+    return Priors(tuple(scale / size for scale in scales), tuple(step / size for step in steps), **options)
+
+
+_STEPS_300, _STEPS_512 = (8, 16, 32, 64, 100, 300), (8, 16, 32, 64, 128, 256, 512)
+_COCO_300 = (21, 45, 99, 153, 207, 261, 315)
 PRIOR_FAMILIES = {
-    # Paper: scales 0.2 ... 0.9 (§2.2) and 0.1 for conv4_3 (§3.1). As in the public tutorial, the last extra prior is
-    # the whole image and the ratio 1/3 is written 0.333, so that networks trained with it decode exactly.
-    "paper": {
-        "scales": (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1 / 0.9),
-        "steps": tuple(1 / cells for cells, _, _ in FEATURE_MAPS.values()),
-        "aspect_ratios": (2, 3, 0.5, 0.333),
-        "clip_centers": False,
+    300: {
+        # Paper: scales 0.2 ... 0.9 (§2.2) and 0.1 for conv4_3 (§3.1). As in the public tutorial, the last extra prior
+        # is the whole image and the ratio 1/3 is written 0.333, so that networks trained with it decode exactly.
+        "paper": Priors(
+            (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1 / 0.9),
+            tuple(1 / cells for cells, _, _ in FEATURE_MAPS[300].values()),
+            (2, 3, 0.5, 0.333),
+        ),
+        # The released VOC networks: ssd_pascal.py, min_sizes and max_sizes. ssd.pytorch clips centres.
+        "caffe": _caffe(300, (30, 60, 111, 162, 213, 264, 315), _STEPS_300, clip_centers=True),
+        # The COCO networks: ssd_coco.py and torchvision's ssd300_vgg16; ssd.pytorch and lufficc/SSD clip centres.
+        "coco": _caffe(300, _COCO_300, _STEPS_300),
+        "coco-clipped": _caffe(300, _COCO_300, _STEPS_300, clip_centers=True),
     },
-    # The released VOC networks: ssd_pascal.py, min_sizes and max_sizes in pixels of 300. ssd.pytorch clips centres.
-    "caffe": {
-        "scales": tuple(size / 300 for size in (30, 60, 111, 162, 213, 264, 315)),
-        "steps": _CAFFE_STEPS,
-        "aspect_ratios": (2, 1 / 2, 3, 1 / 3),
-        "clip_centers": True,
-    },
-    # The COCO networks: ssd_coco.py and torchvision's ssd300_vgg16.
-    "coco": {
-        "scales": (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
-        "steps": _CAFFE_STEPS,
-        "aspect_ratios": (2, 1 / 2, 3, 1 / 3),
-        "clip_centers": False,
+    512: {  # ssd_pascal_512.py and ssd_coco.py; no centre is beyond the image
+        "caffe": _caffe(512, (35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8, 537.6), _STEPS_512),
+        "coco": _caffe(512, (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8, 542.72), _STEPS_512),
     },
 }
 
@@ -102,7 +141,7 @@ DETECTION_LIMITS = Limits(0.2, 0.5, 200)  # detect.py of the public tutorial
 class VGGBase(nn.Module):
     """VGG-16 with conv6 and conv7 in place of its fully connected layers (paper §3.1).
 
-    (N, 3, 300, 300) -> conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19)
+    (N, 3, 300, 300) -> conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19); other sizes in proportion
 
     :param pretrained: start from torchvision's ImageNet weights, which are downloaded once
     :raises InputError: if these cannot be downloaded
@@ -128,7 +167,7 @@ class VGGBase(nn.Module):
             _initialize(self, nn.init.kaiming_normal_, nonlinearity="relu")
 
     def forward(self, images):
-        """Return the conv4_3 and conv7 feature maps of images (N, 3, 300, 300), after their ReLU."""
+        """Return the conv4_3 and conv7 feature maps of images (N, 3, size, size), after their ReLU."""
         x = images
         for block, widths in enumerate(VGG_BLOCKS, start=1):
             for layer in range(1, len(widths) + 1):
@@ -160,48 +199,53 @@ class VGGBase(nn.Module):
 class AuxiliaryConvolutions(nn.Module):
     """The layers after the base, which compute ever coarser feature maps (paper §2.1).
 
-    conv7 (N, 1024, 19, 19) -> conv8_2 (N, 512, 10, 10), conv9_2 (N, 256, 5, 5), conv10_2 (N, 256, 3, 3),
-    conv11_2 (N, 256, 1, 1)
+    conv7 (N, 1024, 19, 19) -> conv8_2 (N, 512, 10, 10) ... conv11_2 (N, 256, 1, 1): those of AUXILIARY_LAYERS that are
+    in FEATURE_MAPS
+
+    :param size: of the network's input, a key of these tables
     """
 
-    def __init__(self):
+    def __init__(self, size=300):
         super().__init__()
-        for name, (channels_in, channels_out, kernel_size, stride, padding) in AUXILIARY_LAYERS.items():
+        self.size = size
+        for name, (channels_in, channels_out, kernel_size, stride, padding) in AUXILIARY_LAYERS[size].items():
             self.add_module(name, nn.Conv2d(channels_in, channels_out, kernel_size, stride, padding))
         _initialize(self, nn.init.xavier_uniform_)
 
     def forward(self, conv7):
-        """Return the four feature maps after their ReLU, given conv7 (N, 1024, 19, 19)."""
+        """Return the feature maps after their ReLU, given conv7 (N, 1024, 19, 19)."""
         feature_maps, x = [], conv7
-        for name in AUXILIARY_LAYERS:
+        for name in AUXILIARY_LAYERS[self.size]:
             x = F.relu(self.get_submodule(name)(x), inplace=True)
-            if name in FEATURE_MAPS:
+            if name in FEATURE_MAPS[self.size]:
                 feature_maps.append(x)
         return feature_maps
 
 
 class PredictionConvolutions(nn.Module):
-    """Two 3x3 convolutions on each of the six feature maps: one predicts boxes, one classes (paper §2.1).
+    """Two 3x3 convolutions on each feature map: one predicts boxes, one classes (paper §2.1).
 
-    six feature maps -> locs (N, 8732, 4), gcxgcy; scores (N, 8732, n_classes), before softmax
+    feature maps -> locs (N, P, 4), gcxgcy; scores (N, P, n_classes), before softmax
+
+    :param size: of the network's input, a key of FEATURE_MAPS
     """
 
-    def __init__(self, n_classes):
+    def __init__(self, n_classes, size=300):
         super().__init__()
         for prefix, n_values in (("loc", 4), ("cl", n_classes)):
-            for name, (_, channels, n_priors) in FEATURE_MAPS.items():
+            for name, (_, channels, n_priors) in FEATURE_MAPS[size].items():
                 self.add_module(f"{prefix}_{name}", nn.Conv2d(channels, n_priors * n_values, 3, padding=1))
-        self.n_classes = n_classes
+        self.n_classes, self.size = n_classes, size
         _initialize(self, nn.init.xavier_uniform_)
 
     def forward(self, *feature_maps):
-        """Return locs (N, 8732, 4) and scores (N, 8732, n_classes), given the maps in the order of FEATURE_MAPS."""
+        """Return locs (N, P, 4) and scores (N, P, n_classes), given the maps in the order of FEATURE_MAPS."""
         n_images = feature_maps[0].size(0)
         predictions = []
         for prefix, n_values in (("loc", 4), ("cl", self.n_classes)):
             maps = [
                 self.get_submodule(f"{prefix}_{name}")(feature_map)
-                for name, feature_map in zip(FEATURE_MAPS, feature_maps, strict=True)
+                for name, feature_map in zip(FEATURE_MAPS[self.size], feature_maps, strict=True)
             ]
             # (N, n_priors * n_values, h, w) -> (N, h * w * n_priors, n_values): the order of the priors
             maps = [x.permute(0, 2, 3, 1).reshape(n_images, -1, n_values) for x in maps]
@@ -210,34 +254,34 @@ class PredictionConvolutions(nn.Module):
 
 
 class SSD300(nn.Module):
-    """The whole network: base, auxiliary and prediction convolutions, and its priors.
+    """The whole network: base, auxiliary and prediction convolutions, and its P = 8,732 priors.
 
     :param n_classes: number of classes, background included
     :param pretrained: start the base from ImageNet weights
-    :param priors: family of the priors, a key of PRIOR_FAMILIES
+    :param priors: name of a family in PRIOR_FAMILIES, or a family of one's own, Priors
     :param pixel_mean: mean (red, green, blue) that the base expects to be subtracted from RGB of 0-255, or None if it
         takes ImageNet-normalised images. The input of the whole network is ImageNet-normalised in any case; it is
         converted inside.
-    :raises ValueError: if the family of priors is unknown
+    :raises ValueError: if the family of priors is unknown, or does not fit the network's feature maps
     """
+
+    size = 300  # side of the input, pixels
 
     def __init__(self, n_classes, pretrained=True, priors="paper", pixel_mean=None):
         super().__init__()
-        if priors not in PRIOR_FAMILIES:
-            raise ValueError(f"priors must be one of {', '.join(PRIOR_FAMILIES)}, not {priors!r}")
         self.n_classes = n_classes
         self.priors = priors
         self.label_map = None  # class name -> index, if known
         self.base = VGGBase(pretrained)
-        self.aux_convs = AuxiliaryConvolutions()
-        self.pred_convs = PredictionConvolutions(n_classes)
+        self.aux_convs = AuxiliaryConvolutions(self.size)
+        self.pred_convs = PredictionConvolutions(n_classes, self.size)
         # Learned scale of each channel of conv4_3 after its L2 normalisation (paper §3.1; ParseNet).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
         self.set_pixel_mean(pixel_mean)
-        self.register_buffer("priors_cxcy", create_prior_boxes(priors), persistent=False)
+        self.register_buffer("priors_cxcy", create_prior_boxes(priors, self.size), persistent=False)
 
     def forward(self, images):
-        """Return locs (N, 8732, 4), gcxgcy, and scores (N, 8732, n_classes), given images (N, 3, 300, 300)."""
+        """Return locs (N, P, 4), gcxgcy, and scores (N, P, n_classes), given images (N, 3, size, size)."""
         if self.pixel_mean is not None:
             images = images * self.input_scale + self.input_shift
         conv4_3, conv7 = self.base(images)
@@ -257,15 +301,15 @@ class SSD300(nn.Module):
         self.register_buffer("input_shift", 255 * mean - own_mean, persistent=False)
 
     def decode(self, predicted_locs):
-        """Return the boxes (N, 8732, 4), fractional xy, of predicted offsets (N, 8732, 4), gcxgcy."""
+        """Return the boxes (N, P, 4), fractional xy, of predicted offsets (N, P, 4), gcxgcy."""
         return cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))
 
     @torch.no_grad()
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
         """Decode predictions and apply non-maximum suppression to each class (paper §2.2).
 
-        :param predicted_locs: (N, 8732, 4), gcxgcy
-        :param predicted_scores: (N, 8732, n_classes), before softmax
+        :param predicted_locs: (N, P, 4), gcxgcy
+        :param predicted_scores: (N, P, n_classes), before softmax
         :param min_score, max_overlap, top_k: see `Limits`
         :return: lists of length N: boxes (d, 4), fractional xy; labels (d,); scores (d,); best first, d may be 0
         """
@@ -277,6 +321,18 @@ class SSD300(nn.Module):
             for image_boxes, image_scores in zip(boxes, probabilities, strict=True)
         ]
         return tuple(list(part) for part in zip(*detections, strict=True)) if detections else ([], [], [])
+
+
+class SSD512(SSD300):
+    """The network for images of 512x512 pixels, with P = 24,564 priors; its layers are in the same tables."""
+
+    size = 512
+
+    def __init__(self, n_classes, pretrained=True, priors="caffe", pixel_mean=None):
+        super().__init__(n_classes, pretrained, priors, pixel_mean)
+
+
+NETWORKS = {network.size: network for network in (SSD300, SSD512)}
 
 
 def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
@@ -312,44 +368,48 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
         n_best *= 4
 
 
-def create_prior_boxes(priors="paper"):
-    """Return the priors (8732, 4), fractional cxcy, ordered by feature map, row, column and shape (paper §2.2).
+def create_prior_boxes(priors="paper", size=300):
+    """Return the priors (P, 4), fractional cxcy, ordered by feature map, row, column and shape (paper §2.2).
 
     Sides above 1 are cut to 1, as in all PyTorch systems with released weights.
 
-    :param priors: a key of PRIOR_FAMILIES
+    :param priors: name of a family in PRIOR_FAMILIES, or Priors
+    :param size: of the network, a key of PRIOR_FAMILIES
+    :raises ValueError: if the family is unknown, or does not fit the network's feature maps
     """
-    family = PRIOR_FAMILIES[priors]
+    family = PRIOR_FAMILIES[size].get(priors) if isinstance(priors, str) else priors
+    if family is None:
+        raise ValueError(f"priors of SSD{size} must be one of {', '.join(PRIOR_FAMILIES[size])}, not {priors!r}")
+    n_maps = len(FEATURE_MAPS[size])
+    if (len(family.scales), len(family.steps), len(family.aspect_ratios)) != (n_maps + 1, n_maps, 4):
+        raise ValueError(f"priors of SSD{size} need {n_maps + 1} scales, {n_maps} steps and 4 aspect ratios")
+    squarest = sorted(family.aspect_ratios, key=lambda ratio: abs(math.log(ratio)))[:2]
     boxes = []
-    for index, (name, (cells, _, n_priors)) in enumerate(FEATURE_MAPS.items()):
-        scale, next_scale = family["scales"][index : index + 2]
+    for index, (cells, _, n_priors) in enumerate(FEATURE_MAPS[size].values()):
+        scale, next_scale = family.scales[index : index + 2]
         extra_scale = math.sqrt(scale * next_scale)
-        ratios = [ratio for ratio in family["aspect_ratios"] if n_priors == 6 or 0.5 <= ratio <= 2]
+        ratios = [ratio for ratio in family.aspect_ratios if n_priors == 6 or ratio in squarest]
         shapes = [(scale, scale), (extra_scale, extra_scale)]
         shapes += [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
-        if len(shapes) != n_priors:
-            raise ValueError(
-                f"{name}: {len(shapes)} priors by its scales and aspect ratios, {n_priors} by FEATURE_MAPS"
-            )
-        centers = [(cell + 0.5) * family["steps"][index] for cell in range(cells)]
-        if family["clip_centers"]:
+        centers = [(cell + 0.5) * family.steps[index] for cell in range(cells)]
+        if family.clip_centers:
             centers = [min(center, 1.0) for center in centers]
         boxes += [(c_x, c_y, min(w, 1.0), min(h, 1.0)) for c_y in centers for c_x in centers for w, h in shapes]
     return torch.tensor(boxes)
 
 
-def split_by_feature_map(per_prior):
-    """Split a tensor of all priors (8732, ...) into views (cells, cells, priors per cell, ...), one per feature map."""
-    sizes = [(cells, cells, n_priors) for cells, _, n_priors in FEATURE_MAPS.values()]
-    parts = per_prior.split([math.prod(size) for size in sizes])
-    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+def split_by_feature_map(per_prior, size=300):
+    """Split a tensor of all priors (P, ...) into views (cells, cells, priors per cell, ...), one per feature map."""
+    shapes = [(cells, cells, n_priors) for cells, _, n_priors in FEATURE_MAPS[size].values()]
+    parts = per_prior.split([math.prod(shape) for shape in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def load_model(source, device="cpu", label_map=None):
-    """Return the SSD300 in a file, in eval mode, with its `label_map` (class name -> index, background 0).
+    """Return the network in a file, in eval mode, with its `label_map` (class name -> index, background 0).
 
     The file is recognised by its contents: a checkpoint or exported weights of ours, or weights of the public tutorial,
-    ssd.pytorch or torchvision (see `support.checkpoints.read_weights`). No code in it is run.
+    ssd.pytorch, lufficc/SSD or torchvision (see `support.checkpoints.read_weights`). No code in it is run.
 
     :param source: path of the file, or "coco" for torchvision's weights, which are downloaded once
     :param device: where to put the model
@@ -357,25 +417,30 @@ def load_model(source, device="cpu", label_map=None):
     :raises InputError: naming the file, if it cannot be used
     """
     with torch.device("meta"):
-        parameter_names = list(SSD300(2, pretrained=False).state_dict())
+        parameter_names = {size: list(network(2, pretrained=False).state_dict()) for size, network in NETWORKS.items()}
     return build_model(read_weights(source, parameter_names, label_map), source).to(device).eval()
 
 
 def build_model(description, source):
-    """Return the SSD300 of a description: a dict with "model" (state dict), "label_map", "priors" and "pixel_mean".
+    """Return the network of a description.
 
+    :param description: "model" (state dict), "label_map", "priors" (name of a family, or a dict of the fields of
+        Priors), "pixel_mean", and "size", which is 300 if it is missing
     :param source: the file that the description was read from
     :raises InputError: naming the file, if the priors are unknown or the weights do not fit
     """
-    label_map, priors = description["label_map"], description["priors"]
-    if str(priors) not in PRIOR_FAMILIES:
-        raise InputError(f"{source}: damaged checkpoint, unknown priors {str(priors):.99}; use another one")
+    label_map, priors, size = description["label_map"], description["priors"], description.get("size", 300)
     try:
-        model = SSD300(len(label_map), False, priors, description["pixel_mean"])
+        priors = Priors(**priors) if isinstance(priors, dict) else priors
+        create_prior_boxes(priors, size)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{source}: damaged checkpoint, unknown priors {str(priors):.99}; use another one") from error
+    try:
+        model = NETWORKS[size](len(label_map), False, priors, description["pixel_mean"])
         model.load_state_dict(description["model"])
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{source}: its weights do not fit an SSD300 of {len(label_map)} classes, background included; "
+            f"{source}: its weights do not fit an SSD{size} of {len(label_map)} classes, background included; "
             f"expected {KNOWN_SYSTEMS}"
         ) from error
     model.label_map = label_map
@@ -383,11 +448,11 @@ def build_model(description, source):
 
 
 def transfer(source, label_map):
-    """Return an SSD300 for other classes with the weights of `source`, and the names of the classes carried over.
+    """Return a network for other classes with the weights of `source`, and the names of the classes carried over.
 
     All layers are taken. The class heads keep the filters of classes that both know by name; the others are fresh.
     """
-    model = SSD300(len(label_map), pretrained=False, priors=source.priors, pixel_mean=source.pixel_mean)
+    model = type(source)(len(label_map), pretrained=False, priors=source.priors, pixel_mean=source.pixel_mean)
     model.label_map = label_map
     shared = [name for name in label_map if name in source.label_map]
     ours, theirs = ([classes[name] for name in shared] for classes in (label_map, source.label_map))
@@ -410,7 +475,7 @@ class MultiBoxLoss(nn.Module):
     Hard negative mining: each image uses its unmatched priors with the highest confidence loss, `neg_pos_ratio` times
     as many as it has matched priors.
 
-    :param priors_cxcy: (8732, 4), fractional cxcy
+    :param priors_cxcy: (P, 4), fractional cxcy
     :param threshold: jaccard overlap from which a prior matches an object
     :param neg_pos_ratio: hard negatives per positive
     :param alpha: weight of the localisation loss
@@ -419,7 +484,7 @@ class MultiBoxLoss(nn.Module):
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.0):
         super().__init__()
         self.register_buffer("priors_cxcy", priors_cxcy, persistent=False)
-        # (8732, 4), xy; stored column by column, which makes the overlaps several times faster
+        # (P, 4), xy; stored column by column, which makes the overlaps several times faster
         self.register_buffer("priors_xy", cxcy_to_xy(priors_cxcy).t().contiguous().t(), persistent=False)
         self.threshold = threshold
         self.neg_pos_ratio = neg_pos_ratio
@@ -433,8 +498,8 @@ class MultiBoxLoss(nn.Module):
     def parts(self, predicted_locs, predicted_scores, boxes, labels):
         """Return three scalars: confidence loss and localisation loss per positive, and the number of positives.
 
-        :param predicted_locs: (N, 8732, 4), gcxgcy
-        :param predicted_scores: (N, 8732, n_classes), before softmax
+        :param predicted_locs: (N, P, 4), gcxgcy
+        :param predicted_scores: (N, P, n_classes), before softmax
         :param boxes: N tensors (n_i, 4), fractional xy; n_i may be 0; boxes without area are ignored
         :param labels: N tensors (n_i,), 1 ... n_classes - 1
         """
@@ -451,7 +516,7 @@ class MultiBoxLoss(nn.Module):
         :param true_boxes, true_labels: each prior's target, as from `match`
         """
         n_images, n_priors, n_classes = predicted_scores.shape
-        positive = true_labels > 0  # (N, 8732)
+        positive = true_labels > 0  # (N, P)
         n_positives = positive.sum(dim=1)
         n_used = (1 + self.neg_pos_ratio) * n_positives
 
@@ -491,7 +556,7 @@ class MultiBoxLoss(nn.Module):
 
     @torch.no_grad()
     def match(self, boxes, labels):
-        """Return each prior's target: boxes (N, 8732, 4), fractional xy, and labels (N, 8732), 0 for background.
+        """Return each prior's target: boxes (N, P, 4), fractional xy, and labels (N, P), 0 for background.
 
         The boxes of background priors are meaningless. Parameters as for `parts`.
         """
@@ -513,7 +578,7 @@ class MultiBoxLoss(nn.Module):
         # Find the object that each prior overlaps most.
         overlap = find_jaccard_overlap(boxes.view(-1, 4), self.priors_xy).view(n_images, n_objects, n_priors)
         overlap.masked_fill_(~is_object[..., None], -1)
-        best_overlap, best_object = overlap.max(dim=1)  # (N, 8732)
+        best_overlap, best_object = overlap.max(dim=1)  # (N, P)
 
         # Assign each object its best prior; the last object wins a shared one.
         best_prior = overlap.argmax(dim=2)  # (N, n)
