@@ -87,7 +87,7 @@ def decimate(tensor, m):
 # Image-and-box transforms
 # ---------------------------------------------------------------------------------------------------------
 
-IMAGE_SIZE = 300  # side of the network's input, pixels
+IMAGE_SIZE = 300  # side of SSD300's input, pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0-1: torchvision's VGG-16 was trained with these
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _PIXEL_MEAN, _PIXEL_STD = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -106,19 +106,20 @@ ZOOM_OUT_PROBABILITY = FLIP_PROBABILITY = 0.5
 DISTORTION_PROBABILITY = 0.5  # of each of the four changes of colours
 
 
-def transform(image, boxes, labels, difficulties, split, rng=None):
+def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SIZE, antialias=True):
     """Turn an image and its objects into a sample for the network; augment it for training (paper §2.2).
 
-    The geometry (zoom-out, crop, flip) is drawn on the boxes alone. Then one window of the image is resized to 300x300
-    and its colours are distorted. No argument is changed, except that a JPEG file that is open but not decoded yet is
-    decoded at 1/2, 1/4 or 1/8 of its size if training needs no more.
+    The geometry (zoom-out, crop, flip) is drawn on the boxes alone. Then one window of the image is resized and its
+    colours are distorted. No argument is changed, except that training may decode an open JPEG file at a smaller size.
 
     :param image: PIL image of any mode and size
     :param boxes: (n, 4) float tensor, pixel xy of the upright image; n may be 0
     :param labels, difficulties: (n,) tensors
     :param split: 'TRAIN' augments, 'TEST' only resizes and normalises; upper or lower case
     :param rng: numpy.random.Generator for all random choices; None seeds one from torch's random state
-    :return: image (3, 300, 300), ImageNet-normalised; boxes (m, 4), fractional xy inside [0, 1]; labels (m,);
+    :param size: side of the network's input, pixels
+    :param antialias: False resizes a test image as OpenCV's INTER_LINEAR does; training images are always antialiased
+    :return: image (3, size, size), ImageNet-normalised; boxes (m, 4), fractional xy inside [0, 1]; labels (m,);
         difficulties (m,); a training crop drops the objects whose centre it does not hold, but never all of them
     :raises InputError: if a box has no area inside the image, or the image cannot be decoded
     """
@@ -135,13 +136,13 @@ def transform(image, boxes, labels, difficulties, split, rng=None):
         raise InputError(f"object {number} has no area inside the {width}x{height} image; correct or remove it")
 
     if not is_training:
-        pixels, boxes = _sample_window(image, window, boxes)
+        pixels, boxes = _sample_window(image, window, boxes, size, antialias=antialias)
     else:
         rng = rng or np.random.default_rng(int(torch.randint(2**62, ())))
         window = zoom_out(window, rng)
         window, kept = crop_around_objects(window, boxes, rng)
         flip = rng.random() < FLIP_PROBABILITY
-        pixels, boxes = _sample_window(image, window, _clip(boxes[kept], window), flip, rng)
+        pixels, boxes = _sample_window(image, window, _clip(boxes[kept], window), size, flip, rng)
         kept = torch.from_numpy(kept)
         labels, difficulties = labels[kept], difficulties[kept]
     return pixels, torch.from_numpy(boxes).float().clamp_(0, 1), labels.clone(), difficulties.clone()
@@ -190,18 +191,19 @@ def crop_around_objects(window, boxes, rng):
             return crops[first].astype(int), holds_center[first]
 
 
-def _sample_window(image, window, boxes, flip=False, rng=None):
-    """Resize a window of an RGB image to 300x300; the part of the window outside the image becomes ImageNet's mean.
+def _sample_window(image, window, boxes, size=IMAGE_SIZE, flip=False, rng=None, antialias=True):
+    """Resize a window of an RGB image; the part of the window outside the image becomes ImageNet's mean.
 
     :param window: (4,) integer array, pixel xy
     :param boxes: (n, 4) array, pixel xy, inside both image and window
+    :param size, antialias: as for `transform`
     :param flip: whether to mirror the result
     :param rng: with it, the colours of the image, not of the filling, are distorted, and JPEGs may be decoded small
-    :return: pixels (3, 300, 300), ImageNet-normalised; boxes (n, 4), fractional xy
+    :return: pixels (3, size, size), ImageNet-normalised; boxes (n, 4), fractional xy
     """
-    low, high, out_low, out_size = _visible_part(window, image.size)
+    low, high, out_low, out_size = _visible_part(window, image.size, size)
     if (out_size == 0).any():
-        return torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE), boxes
+        return torch.zeros(3, size, size), boxes
 
     # Decode the image. Training takes the smallest size that has a pixel for each pixel of the output.
     reduction = 8 if rng else 1
@@ -210,40 +212,37 @@ def _sample_window(image, window, boxes, flip=False, rng=None):
     pixels, low, high = _decode(image, low, high, reduction)
 
     # Resize pixels and boxes: x_out = (x - low) * scale + out_low.
-    pixels = F.interpolate(pixels, out_size[::-1].tolist(), mode="bilinear", antialias=True)[0, :3]
+    pixels = pixels if antialias else pixels.float()  # without antialiasing, integers would be cut off, not rounded
+    pixels = F.interpolate(pixels, out_size[::-1].tolist(), mode="bilinear", antialias=antialias)[0, :3].numpy()
     scale = out_size / (high - low)
-    shift = out_low - low * scale
-    boxes = ((boxes.reshape(-1, 2, 2) * scale + shift) / IMAGE_SIZE).reshape(-1, 4)
-    pixels = pixels.numpy()
+    boxes = (((boxes.reshape(-1, 2, 2) - low) * scale + out_low) / size).reshape(-1, 4)
     if flip:
         pixels = pixels[:, :, ::-1]
         boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
-        out_low[0] = IMAGE_SIZE - out_low[0] - out_size[0]
+        out_low[0] = size - out_low[0] - out_size[0]
     pixels = torch.from_numpy(np.array(pixels, np.float32, order="C"))  # mirrored, channel by channel, in one copy
 
     # Distort the colours, normalise, fill.
     if rng:
         photometric_distort(pixels, rng)
     pixels.sub_(_PIXEL_MEAN).div_(_PIXEL_STD)
-    (left, top), (right, bottom) = out_low.tolist(), (IMAGE_SIZE - out_low - out_size).tolist()
+    (left, top), (right, bottom) = out_low.tolist(), (size - out_low - out_size).tolist()
     if any((left, right, top, bottom)):
         pixels = F.pad(pixels, (left, right, top, bottom))
     return pixels, boxes
 
 
-def _visible_part(window, image_size):
+def _visible_part(window, image_size, size=IMAGE_SIZE):
     """Return the part of an image (width, height) that a window (4,), pixel xy, shows, and its place in the output.
 
-    :return: four integer arrays (2,), xy: low and high corner in the image; low corner and size in the 300x300 output,
-        where each side has at least one pixel; a size of 0 if the window shows nothing of the image
+    :return: four integer arrays (2,), xy: low and high corner in the image; low corner and size in the output, where
+        each side has at least one pixel; a size of 0 if the window shows nothing of the image
     """
     low, high = np.maximum(window[:2], 0), np.minimum(window[2:], image_size)
-    if (low >= high).any():
-        return low, high, np.zeros(2, int), np.zeros(2, int)
-    scale = IMAGE_SIZE / (window[2:] - window[:2])
-    out_low = np.minimum(np.rint((low - window[:2]) * scale), IMAGE_SIZE - 1).astype(int)
+    scale = size / (window[2:] - window[:2])
+    out_low = np.minimum(np.rint((low - window[:2]) * scale), size - 1).astype(int)
     out_high = np.rint((high - window[:2]) * scale).astype(int)
-    return low, high, out_low, np.maximum(out_high - out_low, 1)
+    return low, high, out_low, np.maximum(out_high - out_low, 1) * (low < high).all()
 
 
 def _decode(image, low, high, reduction):
