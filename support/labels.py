@@ -12,6 +12,13 @@ voc_labels = (
     "pottedplant sheep sofa train tvmonitor"
 ).split()
 
+# COCO's names of VOC's classes where they differ, and VOC's of COCO's.
+_COCO_TO_VOC = {
+    "airplane": "aeroplane", "couch": "sofa", "dining table": "diningtable", "motorcycle": "motorbike",
+    "potted plant": "pottedplant", "tv": "tvmonitor",
+}  # fmt: skip
+_OTHER_SPELLINGS = _COCO_TO_VOC | {voc: coco for coco, voc in _COCO_TO_VOC.items()}
+
 
 def make_label_map(labels):
     """Return class name -> index for a sequence of names: background is 0, the first name 1."""
@@ -24,6 +31,11 @@ label_map = make_label_map(voc_labels)
 def label_names(label_map):
     """Return index -> class name of a label map."""
     return {index: name for name, index in label_map.items()}
+
+
+def find_label(name, label_map):
+    """Return the index of a class in a label map, under its name or its other spelling in VOC or COCO, or None."""
+    return label_map.get(name, label_map.get(_OTHER_SPELLINGS.get(name)))
 
 
 def check_label_map(label_map, source):
