@@ -7,6 +7,7 @@ python detect.py photo.jpg --explain
 python detect.py --export model.onnx --checkpoint runs/voc/checkpoint.pth
 """
 
+import functools
 import os
 import sys
 from contextlib import ExitStack
@@ -81,7 +82,7 @@ def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=
     :param suppress: names of classes to leave out; their probability counts as background
     :raises InputError: if the model does not know a suppressed class
     """
-    image, size = _prepare(original_image)
+    image, size = _prepare(original_image, model.size)
     return _detect_batch(image[None], [size], model, Limits(min_score, max_overlap, top_k), suppress)[0]
 
 
@@ -93,7 +94,7 @@ def find_in_files(paths, model, limits=DETECTION_LIMITS, suppress=None):
         for a file that cannot be read, size and detections are None, and error is a line that says why
     """
     device = model.priors_cxcy.device
-    loader = image_loader(paths, _prepare, BATCH_SIZE, device)
+    loader = image_loader(paths, functools.partial(_prepare, side=model.size), BATCH_SIZE, device)
     for images, batch_paths, sizes, errors in batches_on(device, loader):
         detections = _detect_batch(images, sizes, model, limits, suppress)
         yield from zip(batch_paths, sizes, detections, errors, strict=True)
@@ -101,47 +102,58 @@ def find_in_files(paths, model, limits=DETECTION_LIMITS, suppress=None):
 
 @torch.inference_mode()
 def _detect_batch(images, sizes, model, limits, suppress):
-    """Return a list of `Detection`s, best first, for each of N prepared images (N, 3, 300, 300).
+    """Return a list of `Detection`s, best first, for each of N prepared images (N, 3, side, side).
 
     :param sizes: N pairs (width, height) in pixels; an image whose size is None gets None
     """
-    detections = model.detect_objects(*_predict(images, model, suppress), *limits)
+    predicted_locs, predicted_scores, names = _predict(images, model, suppress)
+    detections = model.detect_objects(predicted_locs, predicted_scores, *limits)
     return [
-        None if size is None else _to_detections(boxes, labels, scores, size, model.label_map)
+        None if size is None else _to_detections(boxes, labels, scores, size, names)
         for boxes, labels, scores, size in zip(*detections, sizes, strict=True)
     ]
 
 
-def _prepare(original_image):
-    """Return an image as the network takes it (3, 300, 300), and its upright size."""
+def _prepare(original_image, side):
+    """Return an image as the network takes it (3, side, side), and its upright size (width, height)."""
     upright = upright_rgb(original_image)
     no_objects = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
-    return transform(upright, *no_objects, split="TEST")[0], upright.size
+    return transform(upright, *no_objects, split="TEST", size=side)[0], upright.size
 
 
 def _predict(images, model, suppress):
-    """Return a model's locs (N, 8732, 4) and scores (N, 8732, n_classes), suppressed classes added to background."""
-    suppressed = _find_labels(suppress or (), model.label_map)
-    locs, scores = model(images.to(model.priors_cxcy.device))
-    if suppressed:
-        # Scores are before softmax, where the sum of probabilities becomes logsumexp.
-        scores[..., 0] = scores[..., [0, *suppressed]].logsumexp(dim=2)
-        scores[..., suppressed] = -torch.inf
-    return locs, scores
+    """Return a model's locs (N, P, 4), its scores (N, P, n) of the classes that are not suppressed, and their names.
 
-
-def _find_labels(names, label_map):
-    """Return the indices of class names, each once; raises InputError if the model does not know one."""
-    unknown = [name for name in names if label_map.get(name, 0) == 0]
+    :return: the names are a list, background first
+    :raises InputError: if the model does not know a suppressed class
+    """
+    suppress = suppress or ()
+    known = [name for label, name in sorted(label_names(model.label_map).items()) if label != 0]
+    unknown = [name for name in suppress if name not in known]
     if unknown:
-        known = ", ".join(name for name, index in label_map.items() if index != 0)
-        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {known}")
-    return sorted({label_map[name] for name in names})
+        raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(known)}")
+    locs, scores = model(images.to(model.priors_cxcy.device))
+    kept = [name for name in known if name not in suppress]
+    if len(kept) < len(known):
+        scores = keep_classes(scores, [model.label_map[name] for name in kept])
+    return locs, scores, ["background", *kept]
 
 
-def _to_detections(boxes, labels, scores, size, label_map):
+def keep_classes(scores, classes):
+    """Return the scores of some classes; the probability of all others counts as background.
+
+    :param scores: (N, P, n_classes), before softmax, background first
+    :param classes: labels of k classes, background excluded; they become 1 ... k
+    :return: scores (N, P, 1 + k), before softmax
+    """
+    scores = scores.float()
+    others = [label for label in range(scores.size(2)) if label not in classes]  # background included
+    background = scores[..., others].logsumexp(dim=2, keepdim=True)  # before softmax, a sum of probabilities
+    return torch.cat([background, scores[..., classes]], dim=2)
+
+
+def _to_detections(boxes, labels, scores, size, names):
     """Return the `Detection`s of one image, given boxes (d, 4), fractional xy, labels (d,) and scores (d,)."""
-    names = label_names(label_map)
     pixel_boxes = boxes.cpu().clamp(0, 1) * torch.tensor(size * 2)
     return [
         Detection(names[label], score, box)
@@ -199,20 +211,20 @@ def explain(original_image, model, min_score, max_overlap, top_k, suppress=None)
     `find_objects`.
     """
     upright = upright_rgb(original_image)
-    image, size = _prepare(upright)
+    image, size = _prepare(upright, model.size)
     with torch.inference_mode():
-        predicted_locs, predicted_scores = _predict(image[None], model, suppress)
+        predicted_locs, predicted_scores, names = _predict(image[None], model, suppress)
         decoded = model.decode(predicted_locs)[0].cpu()
         boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
-    detections = _to_detections(boxes[0], labels[0], scores[0], size, model.label_map)
+    detections = _to_detections(boxes[0], labels[0], scores[0], size, names)
     # A detection's box is the decoded box of a prior, bit for bit. That tells which prior it comes from.
     sources = [(decoded == box).all(dim=1).nonzero()[0].item() for box in boxes[0].cpu()]
     priors = cxcy_to_xy(model.priors_cxcy).cpu() * torch.tensor(size * 2)
-    prior_numbers = split_by_feature_map(torch.arange(len(priors)))
+    prior_numbers = split_by_feature_map(torch.arange(len(priors)), model.size)
     colors = label_color_map(model.label_map)
 
     tiles = []
-    for (name, (cells, _, n_priors)), numbers in zip(FEATURE_MAPS.items(), prior_numbers, strict=True):
+    for (name, (cells, _, n_priors)), numbers in zip(FEATURE_MAPS[model.size].items(), prior_numbers, strict=True):
         shown = [pair for pair in zip(detections, sources, strict=True) if pair[1] in numbers]
         shown_boxes = [detection.box for detection, _ in shown] + [priors[source].tolist() for _, source in shown]
         captions = [_caption(detection.label, detection.score) for detection, _ in shown] + [""] * len(shown)

@@ -16,17 +16,17 @@ from support.files import atomic_writer, import_optional
 def export_onnx(model, label_map, path):
     """Write a network as an ONNX file, whole or not at all.
 
-    Its input is `images` (N, 3, 300, 300), ImageNet-normalised, of any N. Its outputs are `boxes` (N, 8732, 4),
-    fractional xy, and `scores` (N, 8732, n_classes), probabilities with background first. The label map is in the
-    file's metadata as JSON, in the order of the classes.
+    Its input is `images` (N, 3, size, size), ImageNet-normalised, of any N. Its outputs are `boxes` (N, P, 4),
+    fractional xy, and `scores` (N, P, n_classes), probabilities with background first. The label map is in the file's
+    metadata as JSON, in the order of the classes.
 
-    :param model: network whose `decode(locs)` turns the predicted offsets into boxes
+    :param model: network that takes images of `size` pixels, and whose `decode(locs)` turns offsets into boxes
     :param label_map: class name -> index
     :param path: file to write or replace
     :raises InputError: if onnx or onnxscript is not installed
     """
     onnx, _ = import_optional("--export", "onnx", "onnxscript", packages="onnx onnxscript")
-    images = torch.zeros(2, 3, 300, 300, device=next(model.parameters()).device)
+    images = torch.zeros(2, 3, model.size, model.size, device=next(model.parameters()).device)
     with redirect_stdout(sys.stderr):  # the exporter prints its progress
         program = torch.onnx.export(
             _ExportedNetwork(model).eval(), (images,), input_names=["images"], output_names=["boxes", "scores"],
