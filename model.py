@@ -305,17 +305,21 @@ class SSD300(nn.Module):
         return cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))
 
     @torch.no_grad()
-    def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
+    def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k, class_candidates=None):
         """Decode predictions and apply non-maximum suppression to each class (paper §2.2).
 
         :param predicted_locs: (N, P, 4), gcxgcy
         :param predicted_scores: (N, P, n_classes), before softmax
         :param min_score, max_overlap, top_k: see `Limits`
+        :param class_candidates: number of the best candidates of each class that suppression considers; None: all
         :return: lists of length N: boxes (d, 4), fractional xy; labels (d,); scores (d,); best first, d may be 0
         """
         boxes = self.decode(predicted_locs)
         probabilities = predicted_scores.float().softmax(dim=2)[:, :, 1:]
         probabilities = torch.where(boxes.isfinite().all(dim=2, keepdim=True), probabilities, 0)  # drop invalid boxes
+        if class_candidates is not None:
+            order = probabilities.nan_to_num(0).argsort(dim=1, descending=True, stable=True)
+            probabilities = probabilities.scatter(1, order[:, class_candidates:], 0)
         detections = [
             _non_maximum_suppression(image_boxes, image_scores, min_score, max_overlap, top_k)
             for image_boxes, image_scores in zip(boxes, probabilities, strict=True)
@@ -338,15 +342,13 @@ NETWORKS = {network.size: network for network in (SSD300, SSD512)}
 def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
     """Suppress, in one image, the boxes that overlap a better one of their class.
 
-    Whether a box survives depends on better boxes only, and only the best `top_k` survivors are kept. So it is enough
-    to look at the best candidates, and at more of them only if fewer than `top_k` survive: the result is the same as
-    with all candidates.
+    Whether a box survives depends on better boxes only. So it is enough to look at the best candidates, and at more of
+    them only if fewer than `top_k` survive: the result is the same as with all candidates.
 
     :param boxes: (p, 4), xy
     :param scores: (p, n_classes - 1), probabilities
     :return: boxes (d, 4), labels (d,), scores (d,), best first
     """
-    n_foreground = scores.size(1)
     flat = scores.flatten().nan_to_num(0)  # a network that diverged detects nothing
     n_candidates = int((flat > min_score).sum())
     if n_candidates == 0 or top_k < 1:
@@ -357,9 +359,8 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
         lowest_score = flat.topk(min(n_best, n_candidates)).values[-1]
         candidates = (flat >= lowest_score).nonzero().squeeze(1)
         candidates = candidates[flat[candidates].argsort(descending=True, stable=True)][:n_best]
-        prior_indices, classes = candidates // n_foreground, candidates % n_foreground
-        # Shift each class to a region of its own, so that one call suppresses within classes only. In float64 the
-        # overlaps stay exact.
+        prior_indices, classes = candidates // scores.size(1), candidates % scores.size(1)
+        # Move each class to a region of its own: one call then suppresses within classes. Float64 keeps overlaps exact.
         shifted = boxes[prior_indices].double().clamp(-1e6, 1e6)
         shifted = shifted + classes[:, None] * (shifted.max() - shifted.min() + 1)
         kept = torchvision.ops.nms(shifted, flat[candidates].double(), max_overlap)[:top_k]
