@@ -30,10 +30,12 @@ class PascalVOCDataset(Dataset):
     :param keep_difficult: keep objects that are marked as difficult
     :param augment: whether to augment training images
     :param seed: of the augmentation
+    :param size: side S of the network's input, pixels
+    :param antialias: whether images that are not augmented are resized with antialiasing
     :raises InputError: if lists are missing or wrong; when indexed, if an image cannot be read
     """
 
-    def __init__(self, data_folder, split, keep_difficult=False, augment=True, seed=0):
+    def __init__(self, data_folder, split, keep_difficult=False, augment=True, seed=0, size=300, antialias=True):
         split = split.upper()
         if split not in SPLITS:
             raise ValueError(f"split must be 'TRAIN', 'VAL' or 'TEST', not {split!r}")
@@ -42,13 +44,15 @@ class PascalVOCDataset(Dataset):
         self.mode = "TRAIN" if split == "TRAIN" and augment else "TEST"
         self.keep_difficult = keep_difficult
         self.seed = seed
+        self.size = size
+        self.antialias = antialias
 
     def __len__(self):
         """Return the number of images."""
         return len(self.images)
 
     def __getitem__(self, key):
-        """Return image (3, 300, 300), boxes (n, 4), fractional xy, labels (n,), difficulties (n,); n may be 0."""
+        """Return image (3, S, S), boxes (n, 4), fractional xy, labels (n,), difficulties (n,); n may be 0."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
         rng = None if epoch is None or self.mode == "TEST" else np.random.default_rng((self.seed, epoch, index))
         objects = self.objects[index]
@@ -59,7 +63,7 @@ class PascalVOCDataset(Dataset):
             kept = difficulties == 0
             boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
         with open_image(self.images[index]) as image:
-            return transform(image, boxes, labels, difficulties, self.mode, rng)
+            return transform(image, boxes, labels, difficulties, self.mode, rng, self.size, self.antialias)
 
     @functools.cached_property
     def fingerprint(self):
@@ -69,7 +73,7 @@ class PascalVOCDataset(Dataset):
 
 
 def collate_fn(batch):
-    """Join samples: images (N, 3, 300, 300), and three lists of N tensors, since images differ in objects."""
+    """Join samples: images (N, 3, S, S), and three lists of N tensors, since images differ in objects."""
     images, *objects = zip(*batch, strict=True)
     counts = [len(boxes) for boxes in objects[0]]
     # The tensors of a list are views of one tensor: a worker pays for each tensor that it hands over.

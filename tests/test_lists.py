@@ -154,6 +154,19 @@ def test_the_data_set_returns_tensors_and_drops_difficult_objects_unless_told_to
     assert boxes[1].shape == (0, 4)
 
 
+def test_the_data_set_makes_images_of_any_size_with_and_without_antialiasing(lists):
+    for split in ("TRAIN", "TEST"):
+        data, larger = PascalVOCDataset(lists, split), PascalVOCDataset(lists, split, size=512)
+        assert larger[0, 0][0].shape == (3, 512, 512)
+        assert torch.allclose(larger[0, 0][1], data[0, 0][1], atol=2 / 300)  # boxes are fractional
+    images, _, _, _ = collate_fn([larger[0], larger[1]])
+    assert images.shape == (2, 3, 512, 512)
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 900, 3), np.uint8)
+    Image.fromarray(noise).save(larger.images[0], quality=100)
+    plain, aliased = (PascalVOCDataset(lists, "TEST", antialias=antialias)[0][0] for antialias in (True, False))
+    assert aliased.std() > 1.5 * plain.std()  # every pixel is interpolated from four, not averaged over the area
+
+
 @pytest.mark.parametrize("split", ["train", "Train", "TRAIN"])
 def test_the_name_of_a_split_is_accepted_in_any_case(split, lists):
     data = PascalVOCDataset(lists, split=split)
