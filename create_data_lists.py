@@ -13,16 +13,19 @@ import shlex
 from collections import Counter
 
 from datasets import PascalVOCDataset
-from model import MultiBoxLoss, create_prior_boxes, split_by_feature_map
-from support.checks import check, preview, print_problems
+from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
+from support.checks import best_prior_overlaps, check, preview, print_problems
 from support.download import download_voc
 from support.files import CommandParser, InputError, read_text, run_command
 from support.images import write_image
 from support.labels import check_label_map, label_map, label_names, make_label_map
 from support.lists import label_objects, write_data_lists
+from support.priors import find_priors, print_advice
 from support.sample import SAMPLE_LABELS, make_sample
 from support.voc import find_annotated_images, hold_out, read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap
+
+MANY_WITHOUT_PRIOR = 0.2  # share of training objects that overlap no prior by the threshold, from which advice is given
 
 
 def parse_arguments(arguments=None):
@@ -50,6 +53,11 @@ def parse_arguments(arguments=None):
     add("--check", action="store_true", help="read all images too, and report what is wrong or odd")
     add("--preview", type=int, metavar="N",
         help="draw N training samples as the network gets them; alone, of the lists in the output folder")  # fmt: skip
+    add("--size", type=int, default=300, choices=list(PRIOR_FAMILIES),
+        help="side of the input of the network to train, pixels [%(default)s]")  # fmt: skip
+    add("--priors", metavar="NAME|FILE",
+        help="the priors to train with: paper, caffe, coco, or a JSON file; the checker and the preview compare the "
+        "objects with them [paper; caffe for --size 512]")  # fmt: skip
     add("--sample", action="store_true", help="make a small synthetic data set and its lists in the output folder")
     settings = parser.parse_args(arguments)
 
@@ -78,6 +86,10 @@ def parse_arguments(arguments=None):
         raise InputError(f"--seed {settings.seed}: must be 0 or more")
     if settings.preview is not None and not 1 <= settings.preview <= 200:
         raise InputError(f"--preview {settings.preview}: must be 1 to 200")
+    settings.training_options = ["--size", str(settings.size)] if settings.size != 300 else []
+    settings.training_options += ["--priors", settings.priors] if settings.priors else []
+    settings.priors = settings.priors or ("paper" if settings.size == 300 else "caffe")
+    settings.family = find_priors(settings.priors, PRIOR_FAMILIES[settings.size])
     return settings
 
 
@@ -177,10 +189,11 @@ def make_lists(settings):
         splits = read_annotations(pairs, settings.zero_based, known)
 
     # Check them, and compare the objects with the priors.
-    criterion = MultiBoxLoss(create_prior_boxes())
-    priors = [feature_map.numpy() for feature_map in split_by_feature_map(criterion.priors_cxcy)]
-    breaking, odd, best_overlaps = check(
-        splits, classes, priors, jaccard_overlap, criterion.threshold, settings.check, settings.zero_based
+    criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
+    threshold = criterion.threshold
+    priors = as_arrays(criterion.priors_cxcy, settings.size)
+    breaking, odd, objects = check(
+        splits, classes, priors, jaccard_overlap, threshold, settings.check, settings.zero_based
     )
     print_problems(breaking, odd)
 
@@ -189,13 +202,27 @@ def make_lists(settings):
     del splits  # frees the memory of what the lists do not hold
     write_data_lists(lists, classes, settings.output_folder)
     print_summary(lists, classes)
-    for split, overlaps in best_overlaps.items():
-        if len(overlaps):
-            share = (overlaps < criterion.threshold).mean()
-            print(
-                f"{split}: {share:.1%} of objects overlap no prior by {criterion.threshold}; "
-                f"each of them gets the prior that overlaps it most"
-            )
+
+    # Say how well the priors fit the objects, and which would fit better.
+    shares = {split: (overlaps < threshold).mean() for split, (_, overlaps) in objects.items() if len(overlaps)}
+    for split, share in shares.items():
+        print(
+            f"{split}: {share:.1%} of objects overlap no prior by {threshold} (--size {settings.size} --priors "
+            f"{settings.priors}); each of them gets the prior that overlaps it most"
+        )
+    if shares.get("TRAIN", 0) > MANY_WITHOUT_PRIOR:
+        boxes, _ = objects["TRAIN"]
+
+        def count_share(priors, size):
+            priors = as_arrays(create_prior_boxes(priors, size), size)
+            return float((best_prior_overlaps(boxes, priors, jaccard_overlap) < threshold).mean())
+
+        print_advice(boxes, settings.size, PRIOR_FAMILIES, shares["TRAIN"], count_share)
+
+
+def as_arrays(priors, size):
+    """Return priors (P, 4) as arrays (cells, cells, priors per cell, 4), one per feature map."""
+    return [feature_map.numpy() for feature_map in split_by_feature_map(priors, size)]
 
 
 def print_summary(lists, label_map):
@@ -217,11 +244,12 @@ def print_summary(lists, label_map):
         )
 
 
-def write_preview(folder, n, seed):
-    """Draw n training samples of the lists in a folder into preview.jpg, in the same folder; return its path."""
-    dataset = PascalVOCDataset(folder, "TRAIN", keep_difficult=True)
-    picture = preview(dataset, n, MultiBoxLoss(create_prior_boxes()), IMAGENET_MEAN, IMAGENET_STD, seed)
-    path = os.path.join(folder, "preview.jpg")
+def write_preview(settings):
+    """Draw training samples of the lists in the output folder into preview.jpg, in the same folder; return its path."""
+    dataset = PascalVOCDataset(settings.output_folder, "TRAIN", keep_difficult=True, size=settings.size)
+    criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
+    picture = preview(dataset, settings.preview, criterion, IMAGENET_MEAN, IMAGENET_STD, settings.seed)
+    path = os.path.join(settings.output_folder, "preview.jpg")
     write_image(picture, path, quality=90)
     return path
 
@@ -240,8 +268,9 @@ def main():
     elif settings.voc07 or settings.train:
         make_lists(settings)
     if settings.preview:
-        print(f"preview: {write_preview(folder, settings.preview, settings.seed)}")
-    print(f"the lists are in {folder}; next: {shlex.join(['python', 'train.py', '--data-folder', folder])}")
+        print(f"preview: {write_preview(settings)}")
+    command = ["python", "train.py", "--data-folder", folder, *settings.training_options]
+    print(f"the lists are in {folder}; next: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def draw_priors(pyplot, dataset, criterion):
     figure = new_figure(pyplot, 740)
 
     add_text(figure, "The priors of one cell, on each of the six feature maps", 20, 36, **HEADING)
-    for number, (name, (cells, _, n_priors)) in enumerate(FEATURE_MAPS.items()):
+    for number, (name, (cells, _, n_priors)) in enumerate(FEATURE_MAPS[IMAGE_SIZE].items()):
         row, column = divmod(number, 3)
         axes = add_panel(figure, pale, 20 + column * step, row_tops[row], side, f"{name}: {cells} × {cells} cells")
         for border in np.linspace(0, IMAGE_SIZE, cells + 1):
@@ -182,7 +182,7 @@ def draw_priors(pyplot, dataset, criterion):
     for object_box, row_top in zip(boxes, row_tops, strict=True):
         is_match = (matched_labels[0] > 0) & (matched_boxes[0] == object_box).all(dim=1)
         cells_of_matches = [part.nonzero().tolist() for part in split_by_feature_map(is_match)]  # row, column, shape
-        counts = zip(FEATURE_MAPS, map(len, cells_of_matches), strict=True)
+        counts = zip(FEATURE_MAPS[IMAGE_SIZE], map(len, cells_of_matches), strict=True)
         title = ", ".join(f"{count} of {name}" for name, count in counts if count)
         axes = add_panel(figure, pale, last_column, row_top, side, title, margin=8)
         for prior_boxes, matches in zip(priors, cells_of_matches, strict=True):

@@ -2,7 +2,7 @@
 
 pairs = {"TRAIN": read_split("VOC2007", "trainval"), "TEST": read_split("VOC2007", "test")}
 splits = read_annotations(pairs)
-breaking, odd, overlaps = check(splits, label_map, priors, jaccard_overlap, with_images=True)
+breaking, odd, objects = check(splits, label_map, priors, jaccard_overlap, with_images=True)
 print_problems(breaking, odd)
 preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion, IMAGENET_MEAN, IMAGENET_STD).save("preview.jpg")
 """
@@ -40,9 +40,10 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5, with_images
     :param with_images: read every image too, with one process per core
     :param zero_based: whether the annotations were read as counting pixels from 0
     :return: two dicts, problem -> lines that name the file: what makes training impossible, and what is worth a look;
-        and split -> the highest overlap (n,) with any prior of each object inside an image of known size
+        and split -> boxes (n, 4), fractional xy, of the objects inside images of known size, and the highest overlap
+        (n,) of each with any prior
     """
-    breaking, odd, overlaps = defaultdict(list), defaultdict(list), {}
+    breaking, odd, objects = defaultdict(list), defaultdict(list), {}
     if with_images:
         _check_images(splits, odd)
     for split, (images, _) in splits.items():
@@ -57,10 +58,10 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5, with_images
             for problem, line in find_problems(annotation):
                 breaking[problem].append(line)
             _check_boxes(annotation, zero_based, odd)
-        overlaps[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
+        objects[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
         missing = [name for name in label_map if not present[name] and name != "background"]
         odd[f"class without objects in {split}"] += missing
-    return _without_duplicates(breaking), _without_duplicates(odd), overlaps
+    return _without_duplicates(breaking), _without_duplicates(odd), objects
 
 
 def _without_duplicates(problems):
@@ -135,7 +136,7 @@ def _describe_object(annotation, number):
 
 
 def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
-    """Return the highest overlap (n,) with any prior of the objects in images of known size; report small objects."""
+    """Report small objects; return boxes and highest overlaps of all objects, as `check` does for a split."""
     annotations = [annotation for annotation in annotations if annotation["size"] and annotation["boxes"]]
     boxes = [np.array(annotation["boxes"]) / (annotation["size"] * 2) for annotation in annotations]
     boxes = np.concatenate([np.zeros((0, 4)), *boxes]).clip(0, 1)
@@ -147,10 +148,9 @@ def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
     for annotation in annotations:
         n_objects = len(annotation["boxes"])
         for index in is_too_small[first : first + n_objects].nonzero()[0]:
-            line = _describe_object(annotation, index + 1)
-            odd["object too small for any prior to match by itself, at 300 x 300 pixels"].append(line)
+            odd["object too small for any prior to match by itself"].append(_describe_object(annotation, index + 1))
         first += n_objects
-    return overlaps[areas > 0]
+    return boxes[areas > 0], overlaps[areas > 0]
 
 
 def best_prior_overlaps(boxes, priors, jaccard_overlap):

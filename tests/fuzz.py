@@ -1,4 +1,4 @@
-"""Break annotations, splits, lists and labels at random: each case must work or end in one line that names the file.
+"""Break annotations, splits, lists, labels and priors at random: each must work or end in one line with its name.
 
 python tests/fuzz.py --cases 10000
 """
@@ -58,6 +58,7 @@ NAMES = (
     "\ufeffa",
     "a\x00b",
 )
+PRIORS = {"scales": [0.05, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05], "aspect_ratios": [2, 0.5, 3, 0.33], "clip_centers": True}
 ENCODINGS = ("utf-16", "utf-32", "latin-1", "cp037", "utf-7", "utf-8-sig", "shift_jis")
 
 
@@ -115,7 +116,7 @@ def mutate_annotation(rng):
     return ANNOTATION.replace("<object>", "<object>" * rng.choice((1, 2, 50)), 1).encode()
 
 
-def mutate_list(value, rng):
+def mutate_json(value, rng):
     """Return a JSON value with one change at a random depth."""
     odd = [None, True, -1, 0, 1e308, float("nan"), float("inf"), "x", "", [], {}, [[]], 10**30, "../a", 0.5]
     if rng.random() < 0.3 or not isinstance(value, (list, dict)) or not value:
@@ -126,7 +127,7 @@ def mutate_list(value, rng):
         if rng.random() < 0.2:
             del value[key]
         else:
-            value[key] = mutate_list(value[key], rng)
+            value[key] = mutate_json(value[key], rng)
         return value
     index = rng.randrange(len(value))
     way = rng.randrange(4)
@@ -135,12 +136,12 @@ def mutate_list(value, rng):
     elif way == 1:
         value.insert(rng.randrange(len(value)), value[index])
     else:
-        value[index] = mutate_list(value[index], rng)
+        value[index] = mutate_json(value[index], rng)
     return value
 
 
 def make_input(folder):
-    """Write a VOC folder of three images, a label file and its lists; return the lists as {file name: value}."""
+    """Write a VOC folder of three images, labels, priors and the lists; return the lists as {file name: value}."""
     root = folder / "VOC"
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / part).mkdir(parents=True)
@@ -150,6 +151,7 @@ def make_input(folder):
     for split, name in (("trainval", "a"), ("test", "b"), ("val", "c")):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
     (folder / "labels").write_text("cat\n")
+    (folder / "priors").write_text(json.dumps(PRIORS))
     prepare(folder)
     return {path.name: json.loads(path.read_text()) for path in sorted((folder / "lists").iterdir())}
 
@@ -157,14 +159,15 @@ def make_input(folder):
 def prepare(folder, *more):
     """Make the lists of the VOC folder in `folder`; `more` are further arguments of the command line."""
     arguments = ["--train", folder / "VOC", "--test", folder / "VOC", "--validation", folder / "VOC",
-                 "--output-folder", folder / "lists", "--labels", folder / "labels", *more]  # fmt: skip
+                 "--output-folder", folder / "lists", "--labels", folder / "labels",
+                 "--priors", folder / "priors", *more]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         create_data_lists.make_lists(create_data_lists.parse_arguments([str(argument) for argument in arguments]))
 
 
 def spoil(folder, lists, rng):
     """Spoil one input; return a function without arguments that makes lists from it."""
-    way = rng.randrange(10)
+    way = rng.randrange(11)
     root = folder / "VOC"
     annotation = root / "Annotations" / f"{rng.choice('ac')}.xml"
     split = root / "ImageSets" / "Main" / rng.choice(("trainval.txt", "val.txt"))
@@ -174,7 +177,7 @@ def spoil(folder, lists, rng):
         content = "\n".join(rng.choice((*NAMES, "a", "c")) for _ in range(rng.choice((0, 1, 1, 3))))
         split.write_bytes(mutate_bytes(content.encode(), rng) if rng.random() < 0.3 else content.encode())
     elif way == 6:
-        target = rng.choice((annotation, split, folder / "labels"))
+        target = rng.choice((annotation, split, folder / "labels", folder / "priors"))
         target.unlink()
         os.symlink(rng.choice(("/dev/zero", "/etc/passwd", target.name, "nowhere", str(folder), "b.xml")), target)
         if rng.random() < 0.2:
@@ -183,9 +186,12 @@ def spoil(folder, lists, rng):
     elif way == 7:
         labels = rng.choice(("", "cat\ncat", "background", "[]", '{"cat": 5}', "[[", "cat\x00", "\n".join(NAMES)))
         (folder / "labels").write_bytes(mutate_bytes(labels.encode(), rng))
+    elif way == 8:
+        text = json.dumps(mutate_json(PRIORS, rng)).encode()
+        (folder / "priors").write_bytes(mutate_bytes(text, rng) if rng.random() < 0.3 else text)
     else:  # spoil a list, which is not made again
         name = rng.choice(list(lists))
-        text = json.dumps(mutate_list(lists[name], rng)).encode()
+        text = json.dumps(mutate_json(lists[name], rng)).encode()
         (folder / "lists" / name).write_bytes(mutate_bytes(text, rng) if rng.random() < 0.2 else text)
         return lambda: None
     return lambda: prepare(folder, *rng.choice(((), ("--ignore-unknown",), ("--zero-based",))))

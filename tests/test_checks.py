@@ -1,6 +1,7 @@
-"""The user's own data: classes, folders, the checker's report, the preview."""
+"""The user's own data: classes, folders, the checker's report, priors that fit, the preview."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -14,16 +15,18 @@ from PIL import Image
 
 import create_data_lists as script
 from datasets import PascalVOCDataset
-from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
+from model import FEATURE_MAPS, PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
 from support import checks
 from support.checks import best_prior_overlaps, check, preview, print_problems
 from support.files import InputError
 from support.labels import make_label_map
 from support.lists import label_objects
+from support.priors import find_priors, fit_scales
 from support.voc import find_annotated_images, read_annotation, read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy, find_jaccard_overlap, jaccard_overlap
 
 CLASSES = make_label_map(["bolt", "nut"])
+FAMILIES = [(size, name) for size, families in PRIOR_FAMILIES.items() for name in families]
 
 
 def check_splits(splits, **options):
@@ -374,6 +377,10 @@ def test_a_line_of_a_split_without_an_image_is_refused(line, folder):
         (["--voc07", "a", "--validation", "1.5"], "--validation 1.5: a share must lie between 0 and 1"),
         (["--voc07", "a", "--validation", "nan"], "between 0 and 1"),
         (["--voc07", "a", "--validation"], "--validation"),
+        (["--sample", "--size", "400"], "--size: invalid choice: 400"),
+        (["--sample", "--priors", "x"], r"--priors x: neither .* \(paper, caffe, coco, coco-clipped\) nor a file"),
+        (["--sample", "--priors", "paper", "--size", "512"], r"--priors paper: neither .* \(caffe, coco\) nor a file"),
+        (["--sample", "--priors", "."], r"--priors \.: neither"),
     ],
 )
 def test_contradictory_settings_are_refused(arguments, message):
@@ -507,27 +514,243 @@ def test_overlaps_with_priors_are_computed_with_the_images_size(folder, tmp_path
     root = folder({"trainval": {"a.jpg": xml(thin, fit, fit, fit)}, "test": {"b.jpg": xml(fit)}})
     prepare("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
     printed = capsys.readouterr().out
-    assert "TRAIN: 25.0% of objects overlap no prior by 0.5" in printed
+    assert "TRAIN: 25.0% of objects overlap no prior by 0.5 (--size 300 --priors paper)" in printed
     assert "TEST: 0.0% of objects" in printed
     annotation = {"path": "", "names": ["nut"], "boxes": [[10, 10, 30, 15]], "size": (40, 20), "n_below": 0}
     splits = {"TRAIN": ([""], [annotation | {"problems": []}]), "TEST": ([], [])}
-    overlaps = check_splits(splits)[2]["TRAIN"]
-    fractional = torch.tensor([[10 / 40, 10 / 20, 30 / 40, 15 / 20]])
-    expected = find_jaccard_overlap(fractional, cxcy_to_xy(create_prior_boxes())).max().item()
+    boxes, overlaps = check_splits(splits)[2]["TRAIN"]
+    fractional = [[10 / 40, 10 / 20, 30 / 40, 15 / 20]]
+    expected = find_jaccard_overlap(torch.tensor(fractional), cxcy_to_xy(create_prior_boxes())).max().item()
+    assert boxes.tolist() == fractional
     assert overlaps == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", PRIOR_FAMILIES)
-def test_the_best_of_the_nearest_priors_is_the_best_of_all(family, random_objects, monkeypatch):
+@pytest.mark.parametrize(("size", "family"), FAMILIES)
+def test_the_best_of_the_nearest_priors_is_the_best_of_all(size, family, random_objects, monkeypatch):
     monkeypatch.setattr(checks, "CHUNK", 70)
     boxes = torch.cat([random_objects(np.random.RandomState(seed), 50)[0] for seed in range(6)])
     boxes[:20, 2:] = boxes[:20, :2] + 0.01  # tiny ones
     boxes[20:25] = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    priors = create_prior_boxes(family)
+    priors = create_prior_boxes(family, size)
     expected = find_jaccard_overlap(boxes, cxcy_to_xy(priors)).max(dim=1).values
-    feature_maps = [feature_map.numpy() for feature_map in split_by_feature_map(priors)]
+    feature_maps = [feature_map.numpy() for feature_map in split_by_feature_map(priors, size)]
     best = best_prior_overlaps(boxes.double().numpy(), feature_maps, jaccard_overlap)
     assert np.allclose(best, expected, atol=1e-5)
+
+
+def prior_file(path, **changes):
+    """Write a file of priors for SSD300, with changed or further fields; None leaves a field out."""
+    fields = {"scales": [0.05, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], "aspect_ratios": [2, 0.5, 3, 0.3333], **changes}
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+    return path
+
+
+def test_priors_are_those_of_a_family_or_of_a_file(tmp_path):
+    for size, name in FAMILIES:
+        assert find_priors(name, PRIOR_FAMILIES[size]) == name
+    families = PRIOR_FAMILIES[300]
+    priors = find_priors(prior_file(tmp_path / "mine"), families)
+    assert priors == ((0.05, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), families["caffe"].steps, (2, 0.5, 3, 0.3333), False)
+    steps = [1 / cells for cells, _, _ in FEATURE_MAPS[300].values()]
+    mine = prior_file(tmp_path / "mine", steps=steps, clip_centers=True, aspect_ratios=[1, 0.5, 3, 4])
+    priors = find_priors(mine, families)
+    assert (priors.steps, priors.clip_centers) == (tuple(steps), True)
+    # The second cell of the first feature map has the priors 0.05, sqrt(0.05 * 0.2) = 0.1, and the ratios 1 and 0.5.
+    wide, high = 0.05 * math.sqrt(0.5), 0.05 / math.sqrt(0.5)
+    expected = [[1.5 / 38, 0.5 / 38, *sides] for sides in ((0.05, 0.05), (0.1, 0.1), (0.05, 0.05), (wide, high))]
+    assert torch.allclose(create_prior_boxes(priors)[4:8], torch.tensor(expected))
+    # A file with the numbers of a family gives its priors.
+    for size in PRIOR_FAMILIES:
+        coco = PRIOR_FAMILIES[size]["coco"]
+        path = prior_file(tmp_path / "coco", scales=coco.scales, aspect_ratios=coco.aspect_ratios)
+        same = find_priors(path, PRIOR_FAMILIES[size])
+        assert torch.equal(create_prior_boxes(same, size), create_prior_boxes("coco", size))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": None}, "not a table of priors; expected .*7 numbers"),
+        ({"aspect_ratios": None}, "not a table of priors"),
+        ({"scale": [1]}, "unknown key 'scale'; expected"),
+        ({"scales": 0.5}, "scales 0.5: expected 7 numbers"),
+        ({"scales": "1234567"}, "scales '1234567': expected 7 numbers"),
+        ({"scales": [30, 60, 111, 162, 213, 264, 315]}, "expected 7 numbers from 0.001 to 10, in image sides; correct"),
+        ({"scales": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}, "expected 7 numbers"),
+        ({"scales": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}, "expected 7 numbers"),
+        ({"scales": [0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}, "expected 7 numbers"),
+        ({"scales": [-0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}, "expected 7 numbers"),
+        ({"scales": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, True]}, "expected 7 numbers"),
+        ({"scales": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, "0.7"]}, "expected 7 numbers"),
+        ({"scales": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, math.nan]}, "expected 7 numbers"),
+        ({"scales": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, math.inf]}, "expected 7 numbers"),
+        ({"scales": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 10**400]}, "expected 7 numbers"),
+        ({"scales": [0.1, 0.2, 0.2, 0.4, 0.5, 0.6, 0.7]}, "the scales do not ascend"),
+        ({"scales": [0.2, 0.1, 0.3, 0.4, 0.5, 0.6, 0.7]}, "the scales do not ascend"),
+        ({"aspect_ratios": [2, 0.5, 3]}, "aspect_ratios .*: expected 4 numbers .*, width over height"),
+        ({"aspect_ratios": [2, 0.5, 3, 0]}, "expected 4 numbers"),
+        ({"aspect_ratios": [2, 0.5, 3, 2.0]}, "an aspect ratio occurs twice"),
+        ({"steps": [0.1] * 7}, "steps .*: expected 6 numbers"),
+        ({"steps": [8, 16, 32, 64, 100, 300]}, "steps .*: expected 6 numbers from 0.001 to 10, in image sides"),
+        ({"clip_centers": 1}, "clip_centers 1: expected true or false"),
+        ({"clip_centers": "a\nb"}, "clip_centers 'a.*b': expected true or false"),
+        ({"a\nb": 1}, "unknown key"),
+    ],
+)
+def test_a_wrong_file_of_priors_is_refused_by_name(changes, message, tmp_path):
+    path = prior_file(tmp_path / "mine.json", **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        find_priors(path, PRIOR_FAMILIES[300])
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "7", '"scales"', "\udcff", "[" * 100_000])
+def test_a_file_of_priors_is_a_json_table(text, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=f'{path}: .*expected {{"scales": .8 numbers., "aspect_ratios": .4 numbers.}}'):
+        find_priors(path, PRIOR_FAMILIES[512])
+
+
+def squares(sides):
+    """Return squares (n, 4), xy, of these sides, in the upper left corner."""
+    return np.array([[0, 0, side, side] for side in sides], float)
+
+
+@pytest.mark.parametrize("size", PRIOR_FAMILIES)
+def test_scales_are_fitted_to_quantiles_of_the_objects_sides(size):
+    steps = PRIOR_FAMILIES[size]["caffe"].steps
+    n_maps = len(steps)
+
+    def expected(first, second):
+        """Grow from the second scale to 1.05 in equal steps."""
+        growth = (1.05 - second) / (n_maps - 1)
+        return [first, *(second + number * growth for number in range(n_maps))]
+
+    # Of the sides 0.1, 0.104 ... 0.5, 5% are below 0.12 and 30% below 0.22.
+    sides = np.linspace(0.1, 0.5, 101)
+    for boxes in (squares(sides), squares(sides)[::-1] * (2, 0.5, 2, 0.5)):
+        assert fit_scales(boxes, steps) == pytest.approx(expected(0.12, 0.22), abs=5.1e-4)
+    # The scales are no smaller than two and three steps, and leave room for the larger ones.
+    assert fit_scales(squares([0.01] * 9), steps) == pytest.approx(expected(2 * steps[0], 3 * steps[1]), abs=5.1e-4)
+    assert fit_scales(squares([1.0]), steps) == pytest.approx(expected(0.3, 0.5), abs=5.1e-4)
+    assert fit_scales(squares([0.2] * 9), steps) == pytest.approx(expected(0.2, 0.3), abs=5.1e-4)
+
+
+def test_a_prior_of_three_steps_overlaps_a_square_of_its_size_wherever_it_is_and_one_of_two_steps_mostly():
+    offsets = [number / 100 for number in range(51)]  # of the centres, in steps
+    for side, at_least, at_most in ((3, 1, 1), (2, 0.7, 0.9)):
+        shared = [(side - x) * (side - y) for x in offsets for y in offsets]
+        overlaps = [area / (2 * side**2 - area) for area in shared]
+        assert at_least <= sum(overlap >= 0.5 for overlap in overlaps) / len(overlaps) <= at_most
+
+
+def count_share(boxes, priors, size):
+    """Return the share of boxes (n, 4), fractional xy, that overlap no prior by 0.5, comparing all with all."""
+    best = find_jaccard_overlap(boxes, cxcy_to_xy(create_prior_boxes(priors, size))).max(dim=1).values
+    return int((best < 0.5).sum()) / len(boxes)
+
+
+@pytest.fixture
+def small_objects(folder):
+    """A folder with 60 objects of 4 x 3 to 5.6 x 4.5 pixels in a training image of 100 x 80, and their boxes."""
+    rng = np.random.default_rng(0)
+    sides = np.array([4, 3]) * rng.uniform(1, [1.4, 1.5], (60, 2))
+    corners = rng.uniform(0, np.array([100, 80]) - sides).round(3)
+    boxes = np.concatenate([corners, (corners + sides).round(3)], axis=1)
+    root = folder({"trainval": {"a.jpg": xml(*(("bolt", *box) for box in (boxes + 1).round(3).tolist()))},
+                   "test": {"b.jpg": xml(BOLT)}})  # fmt: skip
+    return root, torch.tensor(boxes / (100, 80, 100, 80), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("options", [(), ("--size", 512), ("--priors", "coco")])
+def test_the_checker_names_the_priors_that_serve_better_with_the_share_each_reaches(
+    options, small_objects, tmp_path, capsys
+):
+    root, boxes = small_objects
+    out = tmp_path / "lists"
+    arguments = ("--train", root, "--test", root, "--labels", "auto", "--output-folder", out)
+    prepare(*arguments, *options)
+    printed = capsys.readouterr().out
+    size, name = {(): (300, "paper"), ("--size", 512): (512, "caffe"), ("--priors", "coco"): (300, "coco")}[options]
+    current = count_share(boxes, name, size)
+    assert current > 0.2
+    assert f"\nTRAIN: {current:.1%} of objects overlap no prior by 0.5 (--size {size} --priors {name}); " in printed
+    shares = {}
+    for other_size, other_name in FAMILIES:
+        if other_name != "coco-clipped":  # same as coco here
+            shares[f"--size {other_size} --priors {other_name}"] = count_share(boxes, other_name, other_size)
+    better = sorted((share, other) for other, share in shares.items() if share < current)
+    assert len(better) >= 1
+    assert re.findall(r"^ +([\d.]+%)  (.*)$", printed, re.MULTILINE) == [(f"{s:.1%}", other) for s, other in better]
+
+    # The fitted scales are shown if at least three hundredths of the objects more overlap one of them.
+    pixels = (np.array(PascalVOCDataset(out, "TRAIN").objects[0]["boxes"]) / (100, 80, 100, 80)).clip(0, 1)
+    table = {"scales": fit_scales(pixels, PRIOR_FAMILIES[size]["caffe"].steps), "aspect_ratios": [2, 0.5, 3, 0.3333]}
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(table))
+    fitted = count_share(boxes, find_priors(mine, PRIOR_FAMILIES[size]), size)
+    best = min(share for other, share in shares.items() if other.startswith(f"--size {size}"))
+    is_shown = f"\nWith scales fitted to the objects it would be {fitted:.1%} at --size {size}.\n" in printed
+    assert is_shown == (f"\n{mine.read_text()}\n" in printed) == (fitted <= best - 0.03)
+    assert is_shown == (size == 300)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["label_map.json", *(f"{split}_{part}.json" for split in ("TRAIN", "TEST") for part in ("images", "objects"))]
+    )
+    prepare(*arguments, "--size", size, "--priors", mine)
+    printed = capsys.readouterr().out
+    assert f"TRAIN: {fitted:.1%} of objects overlap no prior by 0.5 (--size {size} --priors {mine})" in printed
+    assert "With scales fitted" not in printed  # once is enough
+
+
+def test_nothing_is_advised_if_most_objects_overlap_a_prior(folder, tmp_path, capsys):
+    thin, fit = ("bolt", 11, 11, 15, 71), ("bolt", 31, 21, 71, 61)
+    objects = [thin, *[("bolt", 31 + shift, 21, 71 + shift, 61) for shift in range(4)]]
+    root = folder({"trainval": {"a.jpg": xml(*objects)}, "test": {"b.jpg": xml(thin, fit)}})
+    arguments = ("--train", root, "--test", root, "--labels", "auto", "--output-folder", tmp_path / "lists")
+    prepare(*arguments)
+    printed = capsys.readouterr().out
+    assert "TRAIN: 20.0% of objects" in printed
+    assert "TEST: 50.0% of objects" in printed
+    assert "smaller" not in printed
+    (root / "Annotations" / "a.xml").write_text(xml(*objects[:4]))
+    prepare(*arguments)
+    assert "No other family of priors makes TRAIN's share smaller\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ((), ""),
+        (("--size", "512"), " --size 512"),
+        (("--size", "512", "--priors", "coco"), " --size 512 --priors coco"),
+        (("--priors", "paper"), " --priors paper"),
+    ],
+)
+def test_the_next_command_trains_with_the_size_and_the_priors_that_were_measured(
+    options, command, divided, tmp_path, monkeypatch, capsys
+):
+    arguments = ("--train", divided, "--test", divided, "--labels", "auto", "--output-folder", tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["create_data_lists.py", *map(str, arguments), *options])
+    script.main()
+    assert capsys.readouterr().out.endswith(f"next: python train.py --data-folder {tmp_path / 'out'}{command}\n")
+
+
+def test_the_preview_is_made_with_the_size_and_the_priors_of_the_command_line(sample, tmp_path, monkeypatch):
+    for path in sample.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    calls = []
+    monkeypatch.setattr(script, "preview", lambda *arguments: calls.append(arguments) or Image.new("RGB", (9, 9)))
+    mine = prior_file(tmp_path / "mine")
+    for options in ((), ("--size", 512), ("--priors", mine)):
+        arguments = ("--output-folder", tmp_path, "--preview", 2, *options)
+        script.write_preview(script.parse_arguments([str(argument) for argument in arguments]))
+    families = [("paper", 300), ("caffe", 512), (find_priors(mine, PRIOR_FAMILIES[300]), 300)]
+    for (dataset, n, criterion, *_), (family, size) in zip(calls, families, strict=True):
+        assert n == 2
+        assert dataset[0, 0][0].shape == (3, size, size)
+        assert torch.equal(criterion.priors_cxcy, create_prior_boxes(family, size))
 
 
 def test_an_object_is_too_small_if_it_is_smaller_than_all_priors_and_matches_none():
