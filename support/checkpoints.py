@@ -7,7 +7,6 @@ Nothing here builds a network: `model.load_model` does that from a description. 
 """
 
 import pickle
-import re
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -19,32 +18,62 @@ from support.files import InputError, atomic_writer
 from support.labels import check_label_map, make_label_map
 from support.labels import label_map as voc_label_map
 
-FORMAT = "ssd300-1"  # changes when older files can no longer be read
-KNOWN_SYSTEMS = "an SSD300 of this code, the public PyTorch tutorial, ssd.pytorch or torchvision"
+FORMAT = "ssd300-1"  # of both sizes; changes when older files can no longer be read
+KNOWN_SYSTEMS = "an SSD300 or SSD512 of this code, the public PyTorch tutorial, ssd.pytorch, lufficc/SSD or torchvision"
 CAFFE_MEAN = (123.0, 117.0, 104.0)  # RGB, 0-255
 
-# State dicts of other systems. The key is a parameter name that identifies the system. `prefixes` sorts its names into
-# the order of our own parameters: scale of conv4_3, base and auxiliary layers, boxes, classes. No system needs its
-# filters permuted: the order of the prior shapes within a cell is part of the family of priors.
-_OTHER_SYSTEMS = {
-    "vgg.0.weight": {  # ssd.pytorch
-        "prefixes": ("L2Norm.", "vgg.", "extras.", "loc.", "conf."),
-        "priors": "caffe",
+# The classes of torchvision's ssd300_vgg16: background and COCO's 90 ids, ten of which COCO does not use.
+_CATEGORIES = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
+_USED_CATEGORIES = [index for index, name in enumerate(_CATEGORIES) if name != "N/A"]
+coco_label_map = make_label_map(_CATEGORIES[index] for index in _USED_CATEGORIES[1:])
+
+# VGG-16's convolutions in the numbering of other systems: conv1_1 ... conv5_3, conv6 and conv7.
+_VGG_NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33)
+
+# The priors of lufficc/SSD's SSD512 for VOC: Caffe's, but for the last size, which is 537.6 pixels in Caffe.
+_LUFFICC_VOC_512 = {
+    "scales": tuple(side / 512 for side in (35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8, 537.65)),
+    "steps": tuple(step / 512 for step in (8, 16, 32, 64, 128, 256, 512)),
+}
+
+# The known systems. "scale" is the name of conv4_3's scale. "base" and "auxiliary" name the layers, in the order of
+# ours; "predictions" are the names of the box and of the class predictions, before the number of the feature map. No
+# system needs its filters permuted: the order of the prior shapes within a cell is part of the family of priors.
+# "priors" are the families (names or fields) for each size of the network, by the number of classes: 21 means VOC,
+# another number that is listed means COCO, and None is for all numbers that are not listed.
+_SYSTEMS = {
+    "this code or the public tutorial": {  # the tutorial's names are ours
+        "priors": {300: {None: "paper"}, 512: {None: "caffe"}},
+        "pixel_mean": None,
+    },
+    "ssd.pytorch": {
+        "scale": "L2Norm.weight",
+        "base": [f"vgg.{number}" for number in _VGG_NUMBERS],
+        "auxiliary": [f"extras.{number}" for number in range(8)],
+        "predictions": ("loc", "conf"),
+        "priors": {300: {21: "caffe", None: "coco-clipped"}},
         "pixel_mean": CAFFE_MEAN,
     },
-    "backbone.features.0.weight": {  # torchvision's ssd300_vgg16; the mean is its image_mean
-        "prefixes": (
-            "backbone.scale_weight", "backbone.features.", "backbone.extra.", "head.regression_head.",
-            "head.classification_head.",
-        ),
-        "priors": "coco",
+    "lufficc/SSD": {
+        "scale": "backbone.l2_norm.weight",
+        "base": [f"backbone.vgg.{number}" for number in _VGG_NUMBERS],
+        "auxiliary": [f"backbone.extras.{number}" for number in range(10)],
+        "predictions": ("box_head.predictor.reg_headers", "box_head.predictor.cls_headers"),
+        "priors": {300: {21: "caffe", 81: "coco-clipped"}, 512: {21: _LUFFICC_VOC_512, 81: "coco"}},
+        "pixel_mean": CAFFE_MEAN,
+    },
+    "torchvision": {  # ssd300_vgg16; the mean is its image_mean
+        "scale": "backbone.scale_weight",
+        "base": [
+            *(f"backbone.features.{number}" for number in _VGG_NUMBERS[:10]),
+            *(f"backbone.extra.0.{number}" for number in ("1", "3", "5", "7.1", "7.3")),
+        ],
+        "auxiliary": [f"backbone.extra.{block}.{layer}" for block in (1, 2, 3, 4) for layer in (0, 2)],
+        "predictions": ("head.regression_head.module_list", "head.classification_head.module_list"),
+        "priors": {300: {len(_CATEGORIES): "coco", None: "coco"}},
         "pixel_mean": (255 * 0.48235, 255 * 0.45882, 255 * 0.40784),
     },
-}  # fmt: skip
-_COCO_TO_VOC = {
-    "__background__": "background", "airplane": "aeroplane", "couch": "sofa", "dining table": "diningtable",
-    "motorcycle": "motorbike", "potted plant": "pottedplant", "tv": "tvmonitor",
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -55,7 +84,7 @@ _COCO_TO_VOC = {
 def save_weights(path, model):
     """Write the weights of a model and what describes it, without optimizer state; whole or not at all.
 
-    :param model: SSD300 whose label_map is set
+    :param model: SSD300 or SSD512 whose label_map is set
     """
     save_checkpoint(path, model, {})
 
@@ -64,7 +93,7 @@ def save_checkpoint(path, model, training):
     """Write a model and everything that training resumes from; whole or not at all.
 
     :param path: file to write or replace
-    :param model: SSD300 whose label_map is set
+    :param model: SSD300 or SSD512 whose label_map is set
     :param training: "optimizer" and "scaler", their state dicts; "settings", a dict; "iteration", the number of updates
         made; "best_loss", the lowest validation loss; and other plain values that training resumes from
     """
@@ -72,8 +101,9 @@ def save_checkpoint(path, model, training):
         "format": FORMAT,
         "model": model.state_dict(),
         "label_map": model.label_map,
-        "priors": model.priors,
+        "priors": model.priors if isinstance(model.priors, str) else model.priors._asdict(),
         "pixel_mean": model.pixel_mean,
+        "size": model.size,
         **training,
     }
     with atomic_writer(path) as file:
@@ -133,14 +163,15 @@ def read_weights(source, parameter_names, label_map=None):
 
     The file is recognised by its contents. It may be a checkpoint or exported weights of ours; the public tutorial's
     checkpoint with the whole model pickled, or a state dict with its names; a state dict of ssd.pytorch or of
-    torchvision's ssd300_vgg16, of whose 91 COCO classes VOC's 20 are taken.
+    torchvision's ssd300_vgg16; a checkpoint of lufficc/SSD's VGG networks. Of torchvision's 91 classes, those that COCO
+    does not use are left out.
 
     :param source: path of the file, or "coco" for torchvision's weights, which are downloaded once
-    :param parameter_names: of our network, in its order
-    :param label_map: class names for a file that has none, if their number fits; without it a file of 21 classes has
-        VOC's, and other classes are called "class 1", "class 2" ...
-    :return: {"model": state dict in our names, "label_map", "priors": name of a family, "pixel_mean": (R, G, B) of
-        0-255 or None for ImageNet-normalised input}
+    :param parameter_names: size of the network -> our parameters' names, in the network's order
+    :param label_map: class names for a file that has none and is neither VOC's nor COCO's, if their number fits;
+        otherwise its classes are called "class 1", "class 2" ... A file of 21 classes counts as VOC's.
+    :return: {"model": state dict in our names, "label_map", "priors": name of a family or dict of the fields of one,
+        "pixel_mean": (R, G, B) of 0-255 or None for ImageNet-normalised input, "size"}
     :raises InputError: naming the file, if it cannot be used
     """
     if source == "coco":
@@ -149,17 +180,9 @@ def read_weights(source, parameter_names, label_map=None):
         contents = _read(source)
     if isinstance(contents, dict) and "format" in contents:
         _check_own(contents, {}, source)
-        return {key: contents[key] for key in ("model", "label_map", "priors", "pixel_mean")}
-    try:
-        description = _describe(contents, parameter_names)
-        n_classes = len(description["model"]["pred_convs.cl_conv4_3.bias"]) // 4
-    except Exception as error:  # a file may hold anything, nested in any way
-        raise InputError(f"{source}: not the weights of a known system; expected {KNOWN_SYSTEMS}") from error
-    if n_classes == len(voc_label_map):
-        label_map = voc_label_map
-    elif label_map is None or len(label_map) != n_classes:
-        label_map = make_label_map(f"class {number}" for number in range(1, n_classes))
-    return {**description, "label_map": label_map}
+        description = {key: contents[key] for key in ("model", "label_map", "priors", "pixel_mean")}
+        return {**description, "size": contents.get("size", 300)}  # files of earlier versions have no size
+    return _describe(contents, parameter_names, label_map, source)
 
 
 def read_origin(source):
@@ -177,16 +200,84 @@ def read_origin(source):
     return origin
 
 
-def _describe(contents, parameter_names):
-    """Return {"model", "priors", "pixel_mean"} of another system's file."""
-    weights = contents.get("model", contents.get("state_dict", contents))
-    weights = _state_dict(weights) if isinstance(weights, _StandIn) else weights
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}  # saved from DataParallel
-    for name, system in _OTHER_SYSTEMS.items():
-        if name in weights:
-            weights = _rename(weights, system["prefixes"], parameter_names)
-            return {"model": weights, "priors": system["priors"], "pixel_mean": system["pixel_mean"]}
-    return {"model": weights, "priors": "paper", "pixel_mean": None}  # the tutorial's names are ours
+def _describe(contents, parameter_names, label_map, source):
+    """Return the description of the network in another system's file; parameters and errors as for `read_weights`."""
+    name, size, weights = _identify(contents, parameter_names, source)
+    system, families = _SYSTEMS[name], _SYSTEMS[name]["priors"][size]
+    try:
+        n_classes = len(weights["pred_convs.cl_conv4_3.bias"]) // 4
+        if "scale" in system:
+            weights["rescale_factors"] = weights["rescale_factors"][None, :, None, None]
+        if n_classes == len(_CATEGORIES) and n_classes in families:
+            for layer in weights:
+                if layer.startswith("pred_convs.cl_"):
+                    # (n_priors * 91, ...) -> (n_priors, 91, ...) -> (n_priors * 81, ...)
+                    weights[layer] = weights[layer].unflatten(0, (-1, n_classes))[:, _USED_CATEGORIES].flatten(0, 1)
+    except Exception as error:  # the values may be of any type and shape
+        raise InputError(f"{source}: damaged weights of {name}; use another file") from error
+    if n_classes not in families and None not in families:
+        raise InputError(
+            f"{source}: weights of {name} for {n_classes} classes, background included; the priors are known only for "
+            f"{' and '.join(map(str, families))}, so use one of those"
+        )
+
+    if n_classes == len(voc_label_map):
+        label_map = voc_label_map
+    elif n_classes in families:
+        label_map = coco_label_map
+    elif label_map is None or len(label_map) != n_classes:
+        label_map = make_label_map(f"class {number}" for number in range(1, n_classes))
+    priors = families.get(n_classes, families.get(None))
+    return {
+        "model": weights, "label_map": label_map, "priors": priors, "pixel_mean": system["pixel_mean"], "size": size
+    }  # fmt: skip
+
+
+def _identify(contents, parameter_names, source):
+    """Return the system of a file, the size of its network, and the weights in our names.
+
+    :raises InputError: if they are not exactly a known network's
+    """
+    try:
+        weights = contents.get("model", contents.get("state_dict", contents))
+        weights = _state_dict(weights) if isinstance(weights, _StandIn) else weights
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}  # saved from DataParallel
+        networks = [
+            (name, size, _names_in(system, parameter_names[size]))
+            for name, system in _SYSTEMS.items()
+            for size in system["priors"]
+        ]
+        system, size, names = min(networks, key=lambda network: len(weights.keys() ^ set(network[2])))
+        if len(weights.keys() & set(names)) < len(names) / 2:
+            raise ValueError("too few known names")
+    except Exception as error:  # a file may hold anything, nested in any way
+        raise InputError(f"{source}: not the weights of a known system; expected {KNOWN_SYSTEMS}") from error
+    missing = [name for name in names if name not in weights]
+    unknown = [f"{name!r:.60}" for name in weights if name not in names]
+    differences = [f"{verb} {', '.join(some[:3])}" for verb, some in (("lacks", missing), ("has", unknown)) if some]
+    if differences:
+        raise InputError(
+            f"{source}: looks like an SSD{size} of {system}, but {' and '.join(differences)}; use another file"
+        )
+    return system, size, {ours: weights[theirs] for ours, theirs in zip(parameter_names[size], names, strict=True)}
+
+
+def _names_in(system, parameter_names):
+    """Return the names that a system gives to our parameters, in our order."""
+    if "scale" not in system:
+        return parameter_names
+    n_auxiliary, n_maps = (
+        sum(name.startswith(prefix) and name.endswith("weight") for name in parameter_names)
+        for prefix in ("aux_convs.", "pred_convs.loc_")
+    )
+    predictions = [f"{layer}.{number}" for layer in system["predictions"] for number in range(n_maps)]
+    layers = [*system["base"], *system["auxiliary"][:n_auxiliary], *predictions]
+    return [system["scale"], *_weights_and_biases(layers)]
+
+
+def _weights_and_biases(layers):
+    """Return the names of the parameters of layers."""
+    return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
 
 
 def _state_dict(module, prefix=""):
@@ -195,29 +286,6 @@ def _state_dict(module, prefix=""):
     for name, child in module._modules.items():
         weights |= _state_dict(child, f"{prefix}{name}.")
     return weights
-
-
-def _rename(weights, prefixes, parameter_names):
-    """Return another system's weights in our names; of COCO's 91 classes only those of VOC."""
-    in_our_order = sorted(weights, key=lambda name: _sort_key(name, prefixes))
-    renamed = {ours: weights[theirs] for ours, theirs in zip(parameter_names, in_our_order, strict=True)}
-    renamed["rescale_factors"] = renamed["rescale_factors"].reshape(1, -1, 1, 1)
-
-    categories = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
-    if len(renamed["pred_convs.cl_conv4_3.bias"]) == 4 * len(categories):
-        categories = [_COCO_TO_VOC.get(category, category) for category in categories]
-        chosen = [categories.index(name) for name in voc_label_map]
-        for name, value in renamed.items():
-            if name.startswith("pred_convs.cl_"):
-                # (n_priors * 91, ...) -> (n_priors, 91, ...) -> (n_priors * 21, ...)
-                renamed[name] = value.unflatten(0, (-1, len(categories)))[:, chosen].flatten(0, 1)
-    return renamed
-
-
-def _sort_key(name, prefixes):
-    """Sort another system's names by prefix, then by the numbers in them, then weight before bias."""
-    prefix = next(number for number, prefix in enumerate(prefixes) if name.startswith(prefix))
-    return prefix, [int(number) for number in re.findall(r"\d+", name)], name.endswith("bias")
 
 
 def read_base(path, parameters):
@@ -229,10 +297,10 @@ def read_base(path, parameters):
     expected = "vgg16_reducedfc.pth, the reduced VGG-16 with names 0.weight ... 33.bias"
     contents = _read(path, expected)
     try:
-        names = sorted(contents, key=lambda name: _sort_key(name, ("",)))
+        names = _weights_and_biases(_VGG_NUMBERS)
         weights = {ours: contents[theirs].float() for ours, theirs in zip(parameters, names, strict=True)}
-        if any(weights[name].shape != value.shape for name, value in parameters.items()):
-            raise ValueError("weights of other shapes")
+        if len(contents) != len(names) or any(weights[name].shape != value.shape for name, value in parameters.items()):
+            raise ValueError("other weights, or of other shapes")
         return weights
     except Exception as error:  # a file may hold anything
         raise InputError(f"{path}: not the reduced VGG-16; expected {expected}") from error

@@ -1,5 +1,7 @@
 """The inputs with which tests/data/*.npz were recorded, recreated from their seeds."""
 
+import ast
+
 import numpy as np
 import torch
 
@@ -15,7 +17,7 @@ def fnv(name):
 def seeded(name, shape):
     """The weight of this name in the recorded systems: normally distributed, on a scale that suits its layer."""
     values = np.random.RandomState(fnv(name) % 2**31).standard_normal(shape)
-    if name in ("rescale_factors", "L2Norm.weight"):
+    if name in ("rescale_factors", "L2Norm.weight", "backbone.l2_norm.weight"):
         values = 20 + values
     elif len(shape) == 4:
         values = values * np.sqrt(2 / np.prod(shape[1:]))
@@ -24,9 +26,17 @@ def seeded(name, shape):
     return torch.tensor(values, dtype=torch.float32)
 
 
-def images():
-    """The input of the recorded forward passes, (2, 3, 300, 300)."""
-    return torch.tensor(np.random.RandomState(107).standard_normal((2, 3, 300, 300)), dtype=torch.float32)
+def shapes(recorded):
+    """Parameter name -> shape in a recorded system."""
+    return {
+        str(name): ast.literal_eval(str(shape))
+        for name, shape in zip(recorded["names"], recorded["shapes"], strict=True)
+    }
+
+
+def images(size=300):
+    """The input of the recorded forward passes, (2, 3, size, size)."""
+    return torch.tensor(np.random.RandomState(107).standard_normal((2, 3, size, size)), dtype=torch.float32)
 
 
 def loss_inputs(seed, n_images, n_classes, contested):

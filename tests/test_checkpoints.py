@@ -1,7 +1,6 @@
 """Weights of other systems are recognised by their contents and load exactly; code in a file is never executed."""
 
 import pickle
-import re
 import struct
 import sys
 import types
@@ -10,23 +9,44 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from published import images, seeded
+from published import images, seeded, shapes
 from test_published import DATA
 from torch import nn
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 from torchvision.models.detection.image_list import ImageList
 
-from model import SSD300, load_model
+from model import NETWORKS, PRIOR_FAMILIES, SSD300, SSD512, Priors, load_model
 from support import checkpoints
-from support.checkpoints import read_checkpoint, save_checkpoint, save_weights
+from support.checkpoints import read_base, read_checkpoint, save_checkpoint, save_weights
 from support.files import InputError
-from support.labels import label_map, make_label_map
+from support.labels import find_label, label_map, make_label_map
 from train import transfer
 from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy
 
-SSD_PYTORCH = np.load(DATA / "ssdpytorch_reference.npz")
 CATEGORIES = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
+COCO_LABEL_MAP = make_label_map(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+)
+NUMBERED = make_label_map(f"class {number}" for number in range(1, 201))
+
+CAFFE_512 = PRIOR_FAMILIES[512]["caffe"]
+
+# name in tests/data -> size, family of priors, classes
+RECORDED = {
+    "ssdpytorch_reference": (300, "caffe", label_map),
+    "ssdpytorch_coco_reference": (300, "coco-clipped", NUMBERED),
+    "lufficc_ssd300_voc": (300, "caffe", label_map),
+    "lufficc_ssd300_coco": (300, "coco-clipped", COCO_LABEL_MAP),
+    # Caffe's last size is 537.6 pixels.
+    "lufficc_ssd512_voc": (512, CAFFE_512._replace(scales=(*CAFFE_512.scales[:-1], 537.65 / 512)), label_map),
+    "lufficc_ssd512_coco": (512, "coco", COCO_LABEL_MAP),
+}
 
 
 def from_pixels(pixels, mean, std=(1, 1, 1)):
@@ -47,9 +67,19 @@ def assert_same_outputs(model, other, tolerance=0.0):
         assert (ours - theirs).abs().max() <= tolerance
 
 
-def ssd_pytorch_weights():
-    shapes = [tuple(map(int, re.findall(r"\d+", shape))) for shape in SSD_PYTORCH["shapes"]]
-    return {str(name): seeded(str(name), shape) for name, shape in zip(SSD_PYTORCH["names"], shapes, strict=True)}
+def published_shapes(name):
+    """Parameter name -> shape in a file of each known system, by its name in tests/data or by "torchvision" etc."""
+    if name in RECORDED:
+        return shapes(np.load(DATA / f"{name}.npz"))
+    networks = {"tutorial": lambda: SSD300(21, False), "own SSD512": lambda: SSD512(21, False)}
+    networks["torchvision"] = lambda: ssd300_vgg16(weights=None, weights_backbone=None)
+    with torch.device("meta"):
+        return {parameter: tuple(value.shape) for parameter, value in networks[name]().state_dict().items()}
+
+
+def zeros(shapes):
+    """Weights that take no space in a file: each tensor is a single number, expanded."""
+    return {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +121,26 @@ def test_our_own_checkpoints_and_exported_weights_load_exactly(tmp_path, mean):
     assert read_checkpoint(tmp_path / "all.pth")["iteration"] == 7
     with pytest.raises(InputError, match=r"small\.any: not a checkpoint of train.py"):
         read_checkpoint(tmp_path / "small.any")
+
+
+@pytest.mark.parametrize("network", [SSD300, SSD512])
+def test_the_size_and_ones_own_priors_are_saved(tmp_path, network):
+    family = PRIOR_FAMILIES[network.size]["caffe"]
+    own = Priors(tuple(0.8 * scale for scale in family.scales), family.steps, (2, 0.5, 2.5, 0.4), clip_centers=True)
+    model = network(3, pretrained=False, priors=own)
+    model.label_map = make_label_map(["a", "b"])
+    save_weights(tmp_path / "weights", model)
+    loaded = load_model(tmp_path / "weights")
+    assert (type(loaded), loaded.size, loaded.priors) == (network, network.size, own)
+    assert torch.equal(loaded.priors_cxcy, model.priors_cxcy)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_size_and_is_an_ssd300(tmp_path, model):
+    weights = {"format": "ssd300-1", "model": model.state_dict(), "priors": "coco", "pixel_mean": None}
+    torch.save({**weights, "label_map": label_map}, tmp_path / "weights")
+    loaded = load_model(tmp_path / "weights")
+    assert (type(loaded), loaded.priors) == (SSD300, "coco")
 
 
 @pytest.fixture
@@ -150,30 +200,74 @@ def test_a_file_without_class_names_takes_the_given_label_map(tmp_path):
     assert load_model(tmp_path / "weights").label_map == make_label_map(["class 1", "class 2", "class 3"])
 
 
-def test_weights_of_ssd_pytorch_reproduce_its_recorded_outputs(tmp_path):
-    torch.save(ssd_pytorch_weights(), tmp_path / "weights.pth")
+@pytest.mark.parametrize("name", RECORDED)
+def test_weights_of_other_systems_reproduce_their_recorded_priors_and_outputs(tmp_path, name):
+    recorded = np.load(DATA / f"{name}.npz")
+    size, priors, names = RECORDED[name]
+    weights = {parameter: seeded(parameter, shape) for parameter, shape in shapes(recorded).items()}
+    checkpoint = {"model": weights, "optimizer": {}, "scheduler": {"last_epoch": 5}, "iteration": 5}
+    torch.save(checkpoint if name.startswith("lufficc") else weights, tmp_path / "weights.pth")
     loaded = load_model(tmp_path / "weights.pth")
-    assert loaded.label_map == label_map
-    assert np.abs(loaded.priors_cxcy.numpy() - SSD_PYTORCH["priors"]).max() < 1e-6
-    locs, scores = outputs(loaded, from_pixels(images(), (123, 117, 104)))
-    index = SSD_PYTORCH["idx"]
-    assert np.abs(locs[:, index].numpy() - SSD_PYTORCH["locs"]).max() < 1e-3
-    assert np.abs(scores[:, index].numpy() - SSD_PYTORCH["scores"]).max() < 1e-3
+    assert (type(loaded), loaded.priors, loaded.label_map) == (NETWORKS[size], priors, names)
+    assert np.abs(loaded.priors_cxcy.numpy() - recorded["priors"]).max() < 1e-6
+    locs, scores = outputs(loaded, from_pixels(images(size), (123, 117, 104)))
+    index = recorded["idx"]
+    assert np.abs(locs[:, index].numpy() - recorded["locs"]).max() < 1e-3
+    assert np.abs(scores[:, index].numpy() - recorded["scores"]).max() < 1e-3
 
 
-def test_torchvisions_coco_weights_reproduce_its_outputs_for_the_voc_classes(tmp_path, torchvision_model):
+def with_classes(name, n_classes):
+    """Parameter name -> shape as in a recorded system, but for another number of classes."""
+    recorded = published_shapes(name)
+    cells = {"conf.0": 4, "conf.4": 4, "conf.5": 4, "cls_headers.0": 4, "cls_headers.4": 4, "cls_headers.5": 4}
+    return {
+        parameter: (n_classes * next((n for part, n in cells.items() if f"{part}." in parameter), 6), *shape[1:])
+        if "conf." in parameter or "cls_headers" in parameter
+        else shape
+        for parameter, shape in recorded.items()
+    }
+
+
+def test_ssd_pytorchs_files_of_any_other_number_of_classes_have_cocos_priors(tmp_path):
+    torch.save(zeros(with_classes("ssdpytorch_reference", 4)), tmp_path / "weights")
+    names = make_label_map(["x", "y", "z"])
+    loaded = load_model(tmp_path / "weights", label_map=names)
+    assert (loaded.priors, loaded.label_map) == ("coco-clipped", names)
+
+
+def test_a_file_of_lufficc_whose_priors_are_not_known_is_refused(tmp_path):
+    torch.save({"model": zeros(with_classes("lufficc_ssd300_voc", 5))}, tmp_path / "weights")
+    with pytest.raises(InputError, match=r"weights of lufficc/SSD for 5 classes.* known only for 21 and 81"):
+        load_model(tmp_path / "weights")
+
+
+def test_torchvisions_coco_weights_reproduce_its_outputs_for_the_80_classes(tmp_path, torchvision_model):
     torch.save(torchvision_model.state_dict(), tmp_path / "coco")
     loaded = load_model(tmp_path / "coco")
     pixels = torch.rand(2, 3, 300, 300, generator=torch.Generator().manual_seed(0))
     theirs, _, _ = torchvision_outputs(torchvision_model, pixels)
     locs, scores = outputs(loaded, from_pixels(pixels * 255, (0, 0, 0)))
-    renamed = {"aeroplane": "airplane", "sofa": "couch", "diningtable": "dining table", "motorbike": "motorcycle",
-               "pottedplant": "potted plant", "tvmonitor": "tv", "background": "__background__"}  # fmt: skip
-    chosen = [CATEGORIES.index(renamed.get(name, name)) for name in label_map]
-    assert loaded.label_map == label_map
+    chosen = [CATEGORIES.index(name) for name in ["__background__", *list(COCO_LABEL_MAP)[1:]]]
+    assert loaded.label_map == COCO_LABEL_MAP
     assert (locs - theirs["bbox_regression"]).abs().max() < 1e-3
     assert (scores - theirs["cls_logits"][..., chosen]).abs().max() < 1e-3
     assert theirs["cls_logits"].std() > 0.1
+    # The share of the classes that are left out goes to the others, in proportion.
+    probabilities = theirs["cls_logits"].softmax(2)[..., chosen]
+    assert torch.allclose(scores.softmax(2), probabilities / probabilities.sum(2, keepdim=True), atol=1e-5)
+
+
+def test_a_class_is_found_by_cocos_and_by_vocs_spelling():
+    spellings = {
+        "airplane": "aeroplane", "couch": "sofa", "dining table": "diningtable", "motorcycle": "motorbike",
+        "potted plant": "pottedplant", "tv": "tvmonitor",
+    }  # fmt: skip
+    for coco, voc in spellings.items():
+        assert find_label(coco, label_map) == find_label(voc, label_map) == label_map[voc]
+        assert find_label(coco, COCO_LABEL_MAP) == find_label(voc, COCO_LABEL_MAP) == COCO_LABEL_MAP[coco]
+    assert None not in [find_label(name, COCO_LABEL_MAP) for name in label_map]  # COCO has all of VOC's classes
+    assert find_label("zebra", label_map) is None
+    assert find_label("tv", {"background": 0, "tvmonitor": 1, "tv": 2}) == 2  # the name itself comes first
 
 
 def test_detections_equal_torchvisions_without_its_clipping_and_candidate_limit(tmp_path):
@@ -209,7 +303,7 @@ def test_coco_is_read_from_torchvisions_cache_or_fails_in_one_line(tmp_path, mon
     cache = tmp_path / "hub" / "checkpoints" / "ssd300_vgg16_coco-b556d3b4.pth"
     cache.parent.mkdir(parents=True)
     torch.save(torchvision_model.state_dict(), cache)
-    assert load_model("coco").label_map == label_map
+    assert load_model("coco").label_map == COCO_LABEL_MAP
     cache.unlink()
     monkeypatch.setattr(SSD300_VGG16_Weights.COCO_V1.value, "url", "http://127.0.0.1:9/ssd300_vgg16_coco-b556d3b4.pth")
     with pytest.raises(InputError, match="name a file of weights instead of coco") as caught:
@@ -254,9 +348,20 @@ def test_training_starts_from_the_reduced_vgg_with_its_input_normalisation(tmp_p
     assert (seen[0] - pixels).abs().max() < 1e-3
     message = run("train.py", *command, "--iterations", 1, "--base", tmp_path / "out", "--overwrite", status=2)
     assert "out: not the reduced VGG-16" in message
-    torch.save({name: torch.zeros(2) for name in weights}, tmp_path / "shapes")
-    message = run("train.py", *command, "--iterations", 1, "--base", tmp_path / "shapes", "--overwrite", status=2)
-    assert "shapes: not the reduced VGG-16" in message
+
+
+def test_a_reduced_vgg_with_one_damaged_tensor_is_a_one_line_error(tmp_path, model):
+    weights = reduced_vgg(tmp_path / "base.bin")
+    parameters = model.base.state_dict()
+    assert torch.equal(read_base(tmp_path / "base.bin", parameters)["conv7.bias"], weights["33.bias"])
+    weights = zeros({name: value.shape for name, value in weights.items()})
+    for damage in DAMAGE.values():
+        torch.save(damage(weights, "28.bias"), tmp_path / "bad")
+        with pytest.raises(InputError, match="bad: not the reduced VGG-16"):
+            read_base(tmp_path / "bad", parameters)
+    torch.save(weights | {"35.weight": torch.zeros(3)}, tmp_path / "bad")
+    with pytest.raises(InputError, match="bad: not the reduced VGG-16"):
+        read_base(tmp_path / "bad", parameters)
 
 
 def test_class_filters_are_copied_by_class_name():
@@ -343,6 +448,31 @@ def truncated(path, weights):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+# How to damage one tensor of a file.
+DAMAGE = {
+    "removed": lambda weights, name: {n: value for n, value in weights.items() if n != name},
+    "renamed": lambda weights, name: {n + "_" * (n == name): value for n, value in weights.items()},
+    "one filter fewer": lambda weights, name: {**weights, name: weights[name][1:]},
+    "one dimension more": lambda weights, name: {**weights, name: weights[name][None]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("system", [*RECORDED, "torchvision", "tutorial", "own SSD512"])
+def test_a_file_with_one_damaged_tensor_is_a_one_line_error(tmp_path, system, kind):
+    weights = zeros(published_shapes(system))
+    for name in list(weights)[::10]:
+        torch.save(DAMAGE[kind](weights, name), tmp_path / "bad.pth")
+        # On the meta device no network is initialised, which is slow.
+        with torch.device("meta"), pytest.raises(InputError, match=r"^\S*bad\.pth: ") as caught:
+            load_model(tmp_path / "bad.pth")
+        assert "\n" not in str(caught.value)
+        if kind in ("removed", "renamed"):
+            assert f"lacks {name}" in str(caught.value)
+            assert f"SSD{512 if '512' in system else 300} of" in str(caught.value)
+
+
 BAD = {
     "truncated": truncated,
     "empty": lambda path, weights: path.write_bytes(b""),
@@ -351,8 +481,6 @@ BAD = {
     "a list": lambda path, weights: torch.save([1, 2], path),
     "foreign": lambda path, weights: torch.save(torchvision.models.vgg11().features.state_dict(), path),
     "hostile": lambda path, weights: torch.save({"model": Hostile(path.parent / "harm")}, path),
-    "missing layer": lambda path, weights: torch.save({n: v for n, v in weights.items() if n != "vgg.2.bias"}, path),
-    "wrong class count": lambda path, weights: torch.save({**weights, "conf.3.bias": torch.zeros(60)}, path),
     "newer format": lambda path, weights: torch.save({"format": "ssd300-9", "model": weights}, path),
     "no labels": lambda path, weights: torch.save({"format": "ssd300-1", "model": weights}, path),
     "wrong labels": lambda path, weights: torch.save(
@@ -369,7 +497,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_file_without_a_network_is_a_one_line_error_and_is_not_executed(kind, tmp_path):
-    BAD[kind](tmp_path / "bad.pth", ssd_pytorch_weights())
+    BAD[kind](tmp_path / "bad.pth", zeros(published_shapes("ssdpytorch_reference")))
     with pytest.raises(InputError, match=r"bad\.pth") as caught:
         load_model(tmp_path / "bad.pth")
     assert "\n" not in str(caught.value)
