@@ -2,7 +2,7 @@
 
 python eval.py
 python eval.py --checkpoint runs/mine/best.pth --split val --results results.json --report report
-python eval.py --checkpoint coco --data-folder data/voc
+python eval.py --checkpoint coco --data-folder data/voc --protocol caffe --no-antialias
 torchrun --nproc-per-node=2 eval.py
 """
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset, collate_fn
+from detect import keep_classes
 from model import EVALUATION_LIMITS, Limits, load_model
 from support.devices import (
     PRECISIONS,
@@ -35,6 +36,7 @@ from support.devices import (
     sum_over_processes,
 )
 from support.files import CommandParser, InputError, check_outputs, run_command, write_json
+from support.labels import find_label
 from support.lists import SPLITS
 from support.report import import_report_packages, write_report
 from support.results import (
@@ -60,6 +62,14 @@ from utils import (
     precision_recall_curves,
 )
 
+# Which detections count: Limits, and the most candidates of each class before suppression (None: all).
+PROTOCOLS = {
+    "exact": (EVALUATION_LIMITS, None),
+    "caffe": (EVALUATION_LIMITS, 400),  # ssd_pascal.py
+    "ssd.pytorch": (EVALUATION_LIMITS._replace(top_k=10**6), 200),  # ssd.py, detection.py; no limit over all classes
+    "lufficc": (EVALUATION_LIMITS._replace(top_k=100), None),  # defaults.py
+}
+
 
 def parse_arguments(arguments=None):
     """Return the checked settings of the command line, completed by `choose_sources`."""
@@ -75,11 +85,11 @@ def parse_arguments(arguments=None):
         help="processes that load images, 0 for none [number of cores, at most 16]")  # fmt: skip
     add("--precision", choices=["auto", *PRECISIONS], default="fp32",
         help="of the network's arithmetic; auto: bf16 on a GPU that supports it [%(default)s]")  # fmt: skip
-    add("--min-score", type=float, default=EVALUATION_LIMITS.min_score,
-        help="keep detections with a probability above this [%(default)s]")  # fmt: skip
-    add("--max-overlap", type=float, default=EVALUATION_LIMITS.max_overlap,
-        help="suppress detections that overlap a better one of their class by more [%(default)s]")  # fmt: skip
-    add("--top-k", type=int, default=EVALUATION_LIMITS.top_k, help="most detections per image [%(default)s]")
+    add("--protocol", choices=PROTOCOLS, default="exact", help="system whose rules choose detections [%(default)s]")
+    add("--no-antialias", dest="antialias", action="store_false", help="resize as OpenCV does, without antialiasing")
+    add("--min-score", type=float, help="keep detections with a probability above this [0.01]")
+    add("--max-overlap", type=float, help="suppress detections that overlap a better one of their class by more [0.45]")
+    add("--top-k", type=int, help="most detections per image [that of the protocol; exact: 200]")
     add("--results", metavar="FILE", help="write all figures to this JSON file")
     add("--report", metavar="DIR", help="write a page with curves, confusions and the worst mistakes to this folder")
     add("--voc-results", metavar="DIR", help="write the files that VOC's own evaluations read to this folder")
@@ -92,7 +102,9 @@ def parse_arguments(arguments=None):
 
     if settings.batch_size < 1 or settings.workers < 0 or settings.bootstrap < 0:
         raise InputError("--batch-size must be 1 or more, --workers and --bootstrap 0 or more")
-    if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
+    given = {name: value for name in Limits._fields if (value := getattr(settings, name)) is not None}
+    settings.limits = PROTOCOLS[settings.protocol][0]._replace(**given)
+    if not (0 <= settings.limits.min_score <= 1 and 0 <= settings.limits.max_overlap <= 1 <= settings.limits.top_k):
         raise InputError("--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more")
     if settings.against and not os.path.isfile(settings.against):
         raise InputError(f"{settings.against}: no such file; give one that eval.py --results wrote")
@@ -107,8 +119,7 @@ def parse_arguments(arguments=None):
     names = (f"{settings.split}_images.json", f"{settings.split}_objects.json", "label_map.json")
     lists = [os.path.join(settings.data_folder, name) for name in names]
     inputs = [settings.checkpoint, *lists, *filter(None, [settings.against])]
-    folders = [settings.report, settings.voc_results]
-    check_outputs(settings.results, settings.detections, folders=folders, inputs=inputs)
+    check_outputs(settings.results, settings.detections, folders=[settings.report, settings.voc_results], inputs=inputs)
     return settings
 
 
@@ -134,7 +145,7 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
     Several processes call it together, each with its `evaluation_loader`. Each gets the results of the whole data set.
 
     :param loader: batches of `collate_fn`
-    :param limits: of `SSD300.detect_objects`
+    :param limits: Limits, or all arguments of `SSD300.detect_objects` after the predictions
     :param precision: of the network's arithmetic, a key of PRECISIONS
     :param criterion: MultiBoxLoss; with it, the loss is computed, too
     :param interruption: support.devices.Interruption, which ends the work early
@@ -208,21 +219,17 @@ def score(detections, ground_truth, label_map):
 
     :param detections, ground_truth: as from `detect_all`
     :return: plain values by name: "mAP_11_point" and "mAP_area"; "AP_11_point" and "AP_area", by class name;
-        "scoring_seconds"; None for a value that does not exist without objects to detect. And the curves.
+        "scoring_seconds"; None (JSON has no NaN) for a value that does not exist without objects. And the curves.
     """
     started = time.perf_counter()
     curves = precision_recall_curves(*detections, *ground_truth, label_map=label_map)
     results = {}
     for key, method in (("11_point", "11-point"), ("area", "area")):
-        average_precisions, mean = mean_average_precision(curves, method)
-        results[f"mAP_{key}"] = _none_for_nan(mean)
-        results[f"AP_{key}"] = {name: _none_for_nan(value) for name, value in average_precisions.items()}
+        by_class, mean = mean_average_precision(curves, method)
+        results[f"mAP_{key}"] = None if math.isnan(mean) else mean
+        results[f"AP_{key}"] = {name: None if math.isnan(value) else value for name, value in by_class.items()}
     results["scoring_seconds"] = time.perf_counter() - started
     return results, curves
-
-
-def _none_for_nan(value):
-    return None if math.isnan(value) else value  # JSON has no NaN
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -293,19 +300,37 @@ def print_significance(evidence, n, other=None, path=None):
     return significance
 
 
+def adopt_classes(model, label_map, settings):
+    """Let a model detect the classes of the data, matched by name; the probability of its others counts as background.
+
+    :raises InputError: if the model does not know a class of the data
+    """
+    names = sorted(label_map, key=label_map.get)[1:]  # without background
+    classes = [find_label(name, model.label_map) for name in names]
+    if None in classes:
+        raise InputError(
+            f"{settings.checkpoint}: its classes ({', '.join(model.label_map)}) lack {names[classes.index(None)]} of "
+            f"{settings.data_folder}; give the --data-folder that it was trained on"
+        )
+    if classes != list(range(1, model.n_classes)):
+        model.register_forward_hook(lambda _, __, predictions: (predictions[0], keep_classes(predictions[1], classes)))
+        if rank() == 0:
+            n_others = model.n_classes - 1 - len(classes)
+            print(f"classes matched by name; {n_others} of the model that the data does not have are left out")
+    model.label_map = label_map
+
+
 def run(settings, device):
     """Evaluate by the settings of the command line, and print and write the results in the first process."""
     # Read and check the inputs before the work.
     if rank() == 0:
-        print(f"scoring {settings.checkpoint} on the {settings.split} split of {settings.data_folder}", flush=True)
+        print(f"scoring {settings.checkpoint} on the {settings.split} split of {settings.data_folder}")
+        print(f"protocol {settings.protocol}, with{'' if settings.antialias else 'out'} antialiasing", flush=True)
     dataset = PascalVOCDataset(settings.data_folder, settings.split, keep_difficult=True, augment=False)
     precision = choose_precision(settings.precision, device)
     model = load_model(settings.checkpoint, device, dataset.label_map)
-    if model.label_map != dataset.label_map:
-        raise InputError(
-            f"{settings.checkpoint}: its classes ({', '.join(model.label_map)}) are not those of "
-            f"{settings.data_folder} ({', '.join(dataset.label_map)}); give the --data-folder that it was trained on"
-        )
+    dataset.size, dataset.antialias = model.size, settings.antialias
+    adopt_classes(model, dataset.label_map, settings)
     names, other = image_names(dataset.images), None
     if settings.bootstrap:
         n_objects = count_objects(dataset.objects, dataset.label_map)
@@ -318,24 +343,22 @@ def run(settings, device):
 
     # Detect and score.
     model.to(memory_format=torch.channels_last)  # faster, even on a CPU
-    limits = Limits(settings.min_score, settings.max_overlap, settings.top_k)
     loader = evaluation_loader(dataset, settings.batch_size, settings.workers, device)
-    evaluation = evaluate(loader, model, limits, precision)
+    evaluation = evaluate(loader, model, (*settings.limits, PROTOCOLS[settings.protocol][1]), precision)
     if rank() > 0:
         return
     results, curves, detections, ground_truth = evaluation
     results = {
         "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "split": settings.split,
         "device": name_hardware(), "processes": n_processes(), "precision": precision,
-        "batch_size": settings.batch_size, **limits._asdict(), **results,
+        "batch_size": settings.batch_size, "protocol": settings.protocol, "antialias": settings.antialias,
+        **settings.limits._asdict(), **results,
     }  # fmt: skip
     if settings.chosen_on == settings.split:
-        remedy = "use --split TEST"
-        if settings.split == "TEST":
-            remedy = "make VAL lists with create_data_lists.py --validation, and train with them"
+        remedies = {"TEST": "make VAL lists with create_data_lists.py --validation, and train with them"}
         results["note"] = (
             "This network was chosen by its score on these very images, so the score is optimistic; for an honest one, "
-            f"{remedy}."
+            f"{remedies.get(settings.split, 'use --split TEST')}."
         )
 
     # Print and write. The results file comes first, so that a later failure cannot lose it.
@@ -358,8 +381,7 @@ def run(settings, device):
         write_json({settings.detections: coco_results(detections, names, sizes)})
     if settings.report:
         others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
-        evaluation = evaluation._replace(results=results)
-        write_report(settings.report, evaluation, others, dataset, MIN_TRUE_OVERLAP)
+        write_report(settings.report, evaluation._replace(results=results), others, dataset, MIN_TRUE_OVERLAP)
         print(f"report: {os.path.join(settings.report, 'index.html')}")
 
 

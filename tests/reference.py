@@ -64,8 +64,11 @@ def multibox_loss(priors_cxcy, predicted_locs, predicted_scores, boxes, labels, 
     return sum(confidence) / max(n_positives, 1), sum(localization) / max(n_positives, 1)
 
 
-def detect_objects(priors_cxcy, locs, scores, min_score, max_overlap, top_k):
-    """Boxes, labels and scores of one image, best first, from locs (n_priors, 4) and scores (n_priors, n_classes)."""
+def detect_objects(priors_cxcy, locs, scores, min_score, max_overlap, top_k, class_candidates=None):
+    """Boxes, labels and scores of one image, best first, from locs (n_priors, 4) and scores (n_priors, n_classes).
+
+    Of each class the best `class_candidates` go into suppression, and the best `top_k` of all are kept; None: all.
+    """
     probabilities = scores.softmax(dim=1)
     centers = locs[:, :2] * priors_cxcy[:, 2:] / 10 + priors_cxcy[:, :2]
     half = torch.exp(locs[:, 2:] / 5) * priors_cxcy[:, 2:] / 2
@@ -74,6 +77,7 @@ def detect_objects(priors_cxcy, locs, scores, min_score, max_overlap, top_k):
     for label in range(1, scores.size(1)):
         candidates = (probabilities[:, label] > min_score).nonzero().flatten()
         candidates = candidates[probabilities[candidates, label].argsort(descending=True, stable=True)]
+        candidates = candidates[:class_candidates]
         while len(candidates):
             best, candidates = candidates[0], candidates[1:]
             detections.append((float(probabilities[best, label]), int(best), label))
@@ -141,6 +145,22 @@ def average_precisions(
                 previous = reached
             results.append(area)
     return results
+
+
+def resize(pixels, size):
+    """Resize (height, width, 3) to (size, size, 3) from the four pixels around the centre of each pixel of the output.
+
+    The centre of pixel i is at i + 0.5. Beyond the border the image goes on with its last pixel.
+    """
+    result = np.zeros((size, size, 3))
+    for row in range(size):
+        for column in range(size):
+            y, x = ((i + 0.5) * n / size - 0.5 for i, n in zip((row, column), pixels.shape, strict=False))
+            for i in (math.floor(y), math.floor(y) + 1):
+                for j in (math.floor(x), math.floor(x) + 1):
+                    pixel = pixels[min(max(i, 0), pixels.shape[0] - 1), min(max(j, 0), pixels.shape[1] - 1)]
+                    result[row, column] += (1 - abs(y - i)) * (1 - abs(x - j)) * pixel
+    return result
 
 
 def augment(pixels, boxes, rng, colors=True):

@@ -7,6 +7,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval import PROTOCOLS
 from model import _non_maximum_suppression
 from utils import cxcy_to_xy
 
@@ -20,9 +21,12 @@ def detect_with_first_priors(model, locs, scores, *limits):
         model.priors_cxcy = priors
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.1, 0.45, 1.0]))
-def test_detections_equal_those_of_the_reference_loop(model, seed, min_score, max_overlap):
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31 - 1), st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.1, 0.45, 1.0]),
+    st.sampled_from([None, None, 1, 5, 40]),
+)  # fmt: skip
+def test_detections_equal_those_of_the_reference_loop(model, seed, min_score, max_overlap, class_candidates):
     generator = torch.Generator().manual_seed(seed)
     n = int(torch.randint(1, 120, (), generator=generator))
     locs = torch.randn(2, n, 4, generator=generator)
@@ -30,14 +34,51 @@ def test_detections_equal_those_of_the_reference_loop(model, seed, min_score, ma
     if seed % 2:
         scores = scores.round()  # many ties
     top_k = int(torch.randint(1, 20, (), generator=generator))
-    detections = detect_with_first_priors(model, locs, scores, min_score, max_overlap, top_k)
+    limits = (min_score, max_overlap, top_k, class_candidates)
+    detections = detect_with_first_priors(model, locs, scores, *limits)
     for image in range(2):
         boxes, labels, probabilities = reference.detect_objects(
-            model.priors_cxcy[:n], locs[image], scores[image], min_score, max_overlap, top_k
+            model.priors_cxcy[:n], locs[image], scores[image], *limits
         )
         assert detections[1][image].tolist() == labels
         assert detections[2][image].tolist() == pytest.approx(probabilities, abs=1e-6)
         assert torch.allclose(detections[0][image], boxes, atol=1e-6)
+
+
+PUBLISHED = {  # score above, NMS overlap, detections of all classes, candidates of each class
+    "exact": (0.01, 0.45, 200, None),
+    "caffe": (0.01, 0.45, 200, 400),
+    "ssd.pytorch": (0.01, 0.45, None, 200),
+    "lufficc": (0.01, 0.45, 100, None),
+}
+
+
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_each_protocol_equals_the_loop_with_the_settings_that_its_system_publishes(model, has_ties):
+    generator = torch.Generator().manual_seed(3)
+    locs, scores = (torch.randn(1, 1500, n, generator=generator) for n in (4, 4))
+    scores[..., 1] += torch.linspace(6, 3, 1500)  # neighbours suppress each other, so few of the best are left
+    if has_ties:
+        scores = scores[:, torch.arange(1500) // 7 * 7]  # seven priors have the same scores
+    counts = {}
+    for name, published in PUBLISHED.items():
+        limits, class_candidates = PROTOCOLS[name]
+        boxes, labels, probabilities = detect_with_first_priors(model, locs, scores, *limits, class_candidates)
+        expected = reference.detect_objects(model.priors_cxcy[:1500], locs[0], scores[0], *published)
+        assert torch.allclose(boxes[0], expected[0], atol=1e-6), name
+        assert labels[0].tolist() == expected[1], name
+        assert probabilities[0].tolist() == pytest.approx(expected[2], abs=1e-6), name
+        counts[name] = len(labels[0]), expected[2][-1]
+    assert PUBLISHED.keys() == PROTOCOLS.keys()
+    assert len(set(counts.values())) == len(PUBLISHED), counts  # no limit is idle
+    assert counts["ssd.pytorch"][0] > 200
+
+
+def test_candidates_that_are_not_finite_take_no_place(model):
+    locs, scores = torch.zeros(1, 8732, 4), torch.zeros(1, 8732, 21)
+    scores[0, 0], scores[0, 5, 3], locs[0, 5], scores[0, 9, 3] = float("nan"), 12, 1e6, 10
+    _, labels, _ = model.detect_objects(locs, scores, 0.2, 0.45, 200, 1)
+    assert labels[0].tolist() == [3]
 
 
 def test_detections_equal_those_of_the_loop_if_nearly_every_prior_is_a_candidate(model):

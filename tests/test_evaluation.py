@@ -4,9 +4,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import ROOT, TORCHRUN, launch
 from PIL import Image
@@ -546,11 +548,6 @@ def test_one_pass_detects_and_computes_the_loss_of_all_images_as_one_batch(tiny)
             assert [tensor.dtype for tensor in part] == [tensor.dtype for tensor in other]
             assert [tensor.shape for tensor in part] == [tensor.shape for tensor in other]
     assert all(torch.equal(a, b) for a, b in zip(ground_truth[0], boxes, strict=True))
-    only_loss = eval_script.detect_all(
-        eval_script.evaluation_loader(dataset, 2, 0, cpu), model, limits=None, criterion=criterion
-    )  # fmt: skip
-    assert only_loss[:2] == ([[], [], []], [[], [], []])
-    assert only_loss[2]["loss"] == figures["loss"]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -568,10 +565,13 @@ def test_a_pass_that_any_process_was_asked_to_end_has_no_result(own):
 
         def forward(self, images):
             assert not own
-            return images
+            return images, images
+
+        def detect_objects(self, *_):
+            return [], [], []
 
     loader = [(torch.zeros(1, 3, 2, 2), [], [], [])]
-    assert eval_script.detect_all(loader, Untouched(), limits=None, interruption=Asked()) is None
+    assert eval_script.detect_all(loader, Untouched(), interruption=Asked()) is None
 
 
 def test_without_objects_to_detect_there_is_no_map(capsys):
@@ -586,13 +586,89 @@ def test_the_limits_of_the_command_line_are_applied_and_printed(tiny, tmp_path, 
     arguments = ("--data-folder", tiny / "data", "--checkpoint", tiny / "model.pth", "--workers", 0)
     limits = ("--min-score", 0.02, "--max-overlap", 0.3, "--top-k", 7)
     written = ("--results", tmp_path / "results.json", "--detections", tmp_path / "detections.json")
-    printed = run("eval.py", *arguments, *limits, *written)
+    printed = run("eval.py", *arguments, *limits, *written, "--protocol", "caffe", "--no-antialias")
     results = json.loads((tmp_path / "results.json").read_text())
+    assert "\nprotocol caffe, without antialiasing\n" in printed
+    assert (results["protocol"], results["antialias"]) == ("caffe", False)
     assert Limits(*(results[name] for name in Limits._fields)) == (0.02, 0.3, 7)
     assert "at most 7 detections per image, scores above 0.02, suppressed at overlaps above 0.3" in printed
     detections = json.loads((tmp_path / "detections.json").read_text())
     assert 0 < len(detections) <= 35
     assert all(detection["score"] > 0.02 for detection in detections)
+
+
+def test_a_protocol_brings_its_limits_and_options_override_them(runs):
+    parse = eval_script.parse_arguments
+    assert parse([]).limits == EVALUATION_LIMITS
+    assert parse(["--protocol", "lufficc"]).limits == (0.01, 0.45, 100)
+    overridden = parse(["--protocol", "lufficc", "--top-k", "300", "--min-score", "0"])
+    assert overridden.limits == (0, 0.45, 300)
+    assert (parse([]).antialias, parse(["--no-antialias"]).antialias) == (True, False)
+    with pytest.raises(InputError, match="--protocol: invalid choice: 'darknet'"):
+        parse(["--protocol", "darknet"])
+
+
+def test_the_protocol_limits_the_candidates_of_each_class(tiny, monkeypatch):
+    passed = []
+    monkeypatch.setattr(eval_script, "evaluate", lambda loader, model, limits, *_: passed.append(limits))
+    monkeypatch.setattr(eval_script, "rank", lambda: 1)
+    arguments = ["--data-folder", str(tiny / "data"), "--checkpoint", str(tiny / "model.pth"), "--protocol"]
+    for protocol in ("exact", "caffe"):
+        eval_script.run(eval_script.parse_arguments([*arguments, protocol]), torch.device("cpu"))
+    assert passed == [(*EVALUATION_LIMITS, None), (*EVALUATION_LIMITS, 400)]
+
+
+def test_classes_are_matched_by_name_and_the_others_count_as_background(monkeypatch, capsys):
+    """The model knows four classes in its own order and spelling; the data has two of them."""
+    model = SSD300(5, pretrained=False).eval()
+    model.label_map = make_label_map(["cat", "disc", "airplane", "dog"])
+    generator = torch.Generator().manual_seed(0)
+    locs, scores = torch.randn(1, 8732, 4, generator=generator), torch.randn(1, 8732, 5, generator=generator) * 3
+    monkeypatch.setattr(model, "forward", lambda images: (locs, scores))
+    sources = SimpleNamespace(checkpoint="x.pth", data_folder="d")
+    data = {"aeroplane": 1, "disc": 2, "background": 0}
+    eval_script.adopt_classes(model, data, sources)
+    assert "2 of the model that the data does not have are left out" in capsys.readouterr().out
+    assert model.label_map == data
+    images = torch.zeros(1, 3, 300, 300)
+    boxes, labels, probabilities = model.detect_objects(*model(images), 0.5, 0.45, 150)
+    expected = reference.detect_objects(model.priors_cxcy, locs[0], scores[0], 0.5, 0.45, None)
+    kept = [index for index, label in enumerate(expected[1]) if label in (2, 3)][:150]
+    assert len(kept) == 150
+    assert labels[0].tolist() == [{3: 1, 2: 2}[expected[1][index]] for index in kept]
+    assert torch.allclose(boxes[0], expected[0][kept], atol=1e-6)
+    assert probabilities[0].tolist() == pytest.approx([expected[2][index] for index in kept], abs=1e-5)
+
+
+def test_the_same_classes_are_taken_as_they_are_and_an_unknown_one_is_refused(capsys):
+    model = SSD300(4, pretrained=False)
+    model.label_map = CLASSES
+    sources = SimpleNamespace(checkpoint="x.pth", data_folder="d")
+    eval_script.adopt_classes(model, dict(CLASSES), sources)
+    assert not model._forward_hooks
+    assert capsys.readouterr().out == ""
+    with pytest.raises(
+        InputError, match=r"^x.pth: its classes \(background, cat, .*\) lack sheep of d; give the --data"
+    ):
+        eval_script.adopt_classes(model, make_label_map(["cat", "sheep"]), sources)
+
+
+@pytest.mark.parametrize(("flags", "antialias"), [([], True), (["--no-antialias"], False)])
+def test_the_size_of_the_images_is_the_networks(flags, antialias, tiny, monkeypatch):
+    seen = []
+
+    def record(dataset, *_):
+        seen.append((dataset[0][0].shape, dataset.antialias))
+        raise InputError("that is enough")
+
+    network = SimpleNamespace(size=512, n_classes=6, to=lambda **_: None)
+    network.label_map = PascalVOCDataset(tiny / "data", "TEST").label_map
+    monkeypatch.setattr(eval_script, "load_model", lambda *_: network)
+    monkeypatch.setattr(eval_script, "evaluation_loader", record)
+    arguments = ["--data-folder", str(tiny / "data"), "--checkpoint", str(tiny / "model.pth"), *flags]
+    with pytest.raises(InputError, match="that is enough"):
+        eval_script.run(eval_script.parse_arguments(arguments), torch.device("cpu"))
+    assert seen == [((3, 512, 512), antialias)]
 
 
 @pytest.mark.parametrize("split", ["TRAIN", "TEST"])

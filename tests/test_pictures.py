@@ -14,7 +14,7 @@ from PIL import Image, ImageFont
 import detect as script
 from datasets import PascalVOCDataset
 from detect import detect, example_pictures, explain, find_in_files, find_objects, parse_arguments
-from model import DETECTION_LIMITS, FEATURE_MAPS, SSD300, Limits
+from model import DETECTION_LIMITS, FEATURE_MAPS, SSD300, Limits, create_prior_boxes
 from support.checkpoints import save_weights
 from support.export import export_onnx
 from support.files import InputError
@@ -262,27 +262,37 @@ def test_any_text_can_be_drawn(text):
     assert (np.asarray(picture)[..., 0] > 200).any()
 
 
-class DetectFromPriors(torch.nn.Module):
+class DetectFromPriors(SSD300):
     """Stand-in for a network: detects a cat from each of some priors; the box is the prior, cut near the border."""
 
-    def __init__(self, model, indices):
-        super().__init__()
-        self.priors_cxcy, self.decode, self.detect_objects = model.priors_cxcy, model.decode, model.detect_objects
+    def __init__(self, size, indices):
+        torch.nn.Module.__init__(self)
+        self.size = size
+        self.priors_cxcy = create_prior_boxes({300: "paper", 512: "caffe"}[size], size)
         self.label_map = make_label_map(["cat"])
-        self.locs, self.scores = torch.zeros(1, 8732, 4), torch.zeros(1, 8732, 2)
+        self.locs, self.scores = torch.zeros(1, len(self.priors_cxcy), 4), torch.zeros(1, len(self.priors_cxcy), 2)
         self.scores[..., 0] = 20
         for index in indices:
             boxes = xy_to_cxcy(cxcy_to_xy(self.priors_cxcy[index]).clamp(0.05, 0.95))
             self.locs[0, index] = cxcy_to_gcxgcy(boxes, self.priors_cxcy[index])
             self.scores[0, index, 1] = 40
 
-    def forward(self, _):
-        return self.locs, self.scores
+    def forward(self, images):
+        assert images.shape[1:] == (3, self.size, self.size)
+        return self.locs.expand(len(images), -1, -1), self.scores.expand(len(images), -1, -1)
 
 
-def test_an_explanation_shows_which_feature_map_detects_what(model, monkeypatch):
-    small = 4 * (20 * 38 + 20)  # conv4_3, near the middle of 38 x 38 cells
-    large = 8732 - 4 - 9 * 4 + 4 * 4  # conv10_2, the middle of 3 x 3 cells
+@pytest.mark.parametrize(
+    ("size", "small", "large"),
+    [
+        # conv4_3, near the middle of 38 x 38 cells; conv10_2, the middle of 3 x 3 cells
+        (300, 4 * (20 * 38 + 20), 8732 - 4 - 9 * 4 + 4 * 4),
+        # conv4_3, near the middle of 64 x 64 cells; conv10_2, the second row and column of 4 x 4 cells
+        (512, 4 * (32 * 64 + 32), 24564 - 4 - 4 * 4 - 16 * 6 + 5 * 6),
+    ],
+)
+def test_an_explanation_shows_which_feature_map_detects_what(size, small, large, monkeypatch):
+    network = DetectFromPriors(size, [small, large])
     drawn, titles = [], []
 
     def record_drawing(image, boxes, captions, _, grid):
@@ -291,15 +301,24 @@ def test_an_explanation_shows_which_feature_map_detects_what(model, monkeypatch)
 
     monkeypatch.setattr(script, "draw_boxes", record_drawing)
     monkeypatch.setattr(script, "tile", lambda tiles, columns, side: titles.extend(title for title, _ in tiles))
-    explain(Image.new("RGB", (100, 200)), DetectFromPriors(model, [small, large]), 0.5, 0.45, 200)
-    assert [grid for grid, *_ in drawn] == [cells for cells, _, _ in FEATURE_MAPS.values()]
-    assert ["1 of 2 objects" in title for title in titles] == [True, False, False, False, True, False]
+    explain(Image.new("RGB", (100, 200)), network, 0.5, 0.45, 200)
+    assert [grid for grid, *_ in drawn] == [cells for cells, _, _ in FEATURE_MAPS[size].values()]
+    assert [title.partition(":")[0] for title in titles if "1 of 2 objects" in title] == ["conv4_3", "conv10_2"]
+    assert len(titles) == len(FEATURE_MAPS[size])
     for feature_map, prior in ((0, small), (4, large)):
         _, boxes, captions = drawn[feature_map]
-        expected = (cxcy_to_xy(model.priors_cxcy[prior]) * torch.tensor([100, 200, 100, 200])).tolist()
+        expected = (cxcy_to_xy(network.priors_cxcy[prior]) * torch.tensor([100, 200, 100, 200])).tolist()
         assert captions == ["cat 1.00", ""]
         assert boxes[1] == pytest.approx(expected)
         assert boxes[0] == pytest.approx(np.clip(expected, [5, 10] * 2, [95, 190] * 2), abs=1e-3)
+
+
+def test_photographs_are_resized_to_the_size_of_the_network(photos):
+    network = DetectFromPriors(512, [4 * (32 * 64 + 32)]).eval()
+    paths = [photos / "a.jpg", photos / "c.jpg", photos / "b.PNG"]  # c.jpg cannot be read
+    counts = [detections and len(detections) for _, _, detections, _ in find_in_files(paths, network)]
+    assert counts == [1, None, 1]
+    assert len(find_objects(Image.open(photos / "a.jpg"), network, *DETECTION_LIMITS)) == 1
 
 
 def test_an_explanation_shows_six_feature_maps(weights, photos, run):
@@ -334,6 +353,21 @@ def test_the_exported_network_gives_the_same_boxes_and_scores(model, tmp_path, m
         assert np.abs(boxes - expected.numpy()).max() < 1e-4
         assert np.abs(scores - logits.softmax(dim=2).numpy()).max() < 1e-4
     assert variables["names"] == list(in_order)
+
+
+def test_the_exported_network_takes_images_of_its_size(tmp_path, monkeypatch):
+    exported = []
+
+    def record(network, inputs, **_):
+        exported.extend(inputs)
+        raise InputError("that is enough")
+
+    monkeypatch.setattr(torch.onnx, "export", record)
+    network = torch.nn.Conv2d(3, 1, 1)
+    network.size = 512
+    with pytest.raises(InputError, match="that is enough"):
+        export_onnx(network, make_label_map(["cat"]), tmp_path / "model.onnx")
+    assert [images.shape for images in exported] == [(2, 3, 512, 512)]
 
 
 def test_a_missing_package_for_the_export_is_named(model, tmp_path, monkeypatch):

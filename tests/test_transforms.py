@@ -282,6 +282,31 @@ def test_test_images_are_resized_and_normalised_only():
     assert (results[3] == difficulties).all()
 
 
+@pytest.mark.parametrize(("width", "height", "size"), [(611, 397, 60), (50, 37, 48), (70, 900, 50)])
+def test_without_antialiasing_test_images_are_resized_by_the_loop_over_four_pixels(width, height, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    no_objects = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
+    images = [
+        to_pixels(transform(Image.fromarray(pixels), *no_objects, "TEST", size=size, antialias=antialias)[0])
+        for antialias in (False, True)
+    ]
+    expected = reference.resize(pixels.astype(float), size)
+    assert np.abs(images[0] - expected).max() < 1e-2
+    assert (np.abs(images[1] - expected).max() > 20) == (max(width, height) > 300)
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_the_boxes_do_not_depend_on_the_size_of_the_output(split):
+    for seed in range(40):
+        scene = random_scene(np.random.default_rng(seed), n=3)
+        small, large = (transform(*scene, split, np.random.default_rng(seed), size) for size in (300, 512))
+        assert large[0].shape == (3, 512, 512)
+        assert torch.allclose(small[1], large[1], atol=2 / 300)  # each corner on whole pixels of the output
+        assert (small[2] == large[2]).all()
+        pooled = torch.nn.functional.interpolate(large[0][None], (300, 300), mode="bilinear", antialias=True)[0]
+        assert (pooled - small[0]).abs().mean() < 0.15
+
+
 def test_boxes_as_large_as_the_crop_stay_in_the_output_at_every_size_of_decoding(tmp_path):
     Image.new("RGB", (1601, 1073), (9, 9, 9)).save(tmp_path / "large.jpg")
     rng = np.random.default_rng(0)
@@ -337,8 +362,10 @@ def test_a_large_jpeg_is_decoded_small_where_training_needs_no_more(tmp_path, mo
         assert torch.allclose(result[1], expected[1], atol=1 / 300), seed
         assert (result[2] == expected[2]).all()
     assert set(sizes) == {(1601, 1073), (801, 537), (401, 269), (201, 135)}
-    with Image.open(tmp_path / "large.jpg") as image:
-        assert torch.equal(transform(image, *targets, "TEST")[0], transform(whole, *targets, "TEST")[0])
+    for antialias in (True, False):
+        with Image.open(tmp_path / "large.jpg") as image:
+            result = transform(image, *targets, "TEST", antialias=antialias)[0]
+        assert torch.equal(result, transform(whole, *targets, "TEST", antialias=antialias)[0])
 
 
 @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
