@@ -201,7 +201,7 @@ def read_origin(source):
 
 
 def _describe(contents, parameter_names, label_map, source):
-    """Return the description of the network in another system's file; parameters and errors as for `read_weights`."""
+    """Return the description of the network in a file without "format"; parameters and errors as for `read_weights`."""
     name, size, weights = _identify(contents, parameter_names, source)
     system, families = _SYSTEMS[name], _SYSTEMS[name]["priors"][size]
     try:
@@ -209,10 +209,10 @@ def _describe(contents, parameter_names, label_map, source):
         if "scale" in system:
             weights["rescale_factors"] = weights["rescale_factors"][None, :, None, None]
         if n_classes == len(_CATEGORIES) and n_classes in families:
-            for layer in weights:
-                if layer.startswith("pred_convs.cl_"):
+            for parameter, value in weights.items():
+                if parameter.startswith("pred_convs.cl_"):
                     # (n_priors * 91, ...) -> (n_priors, 91, ...) -> (n_priors * 81, ...)
-                    weights[layer] = weights[layer].unflatten(0, (-1, n_classes))[:, _USED_CATEGORIES].flatten(0, 1)
+                    weights[parameter] = value.unflatten(0, (-1, n_classes))[:, _USED_CATEGORIES].flatten(0, 1)
     except Exception as error:  # the values may be of any type and shape
         raise InputError(f"{source}: damaged weights of {name}; use another file") from error
     if n_classes not in families and None not in families:
@@ -236,7 +236,7 @@ def _describe(contents, parameter_names, label_map, source):
 def _identify(contents, parameter_names, source):
     """Return the system of a file, the size of its network, and the weights in our names.
 
-    :raises InputError: if they are not exactly a known network's
+    :raises InputError: if the names of the weights are not exactly those of a known network
     """
     try:
         weights = contents.get("model", contents.get("state_dict", contents))
