@@ -624,15 +624,15 @@ def say_what_is_next(settings, complete):
         checkpoint = checkpoint if os.path.exists(checkpoint) else settings.resume  # resumed into another folder
         print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
         return
-    print(f"trained: {checkpoint}; curves.png beside it has the curves, if matplotlib is installed")
-    split, options = "TEST", []
-    if settings.sample:
-        split, options = sample_split(), ["--min-score", "0.5"]
+    curves = os.path.join(settings.output_folder, "curves.png")
+    print(f"trained: {checkpoint}" + (f"; curves: {curves}" if os.path.exists(curves) else ""))
+    split = sample_split() if settings.sample else "TEST"
     if has_split(settings.data_folder, split):
         print("next:")
         print(shlex.join(["python", "eval.py", "--checkpoint", checkpoint, "--split", split]))
         image = PascalVOCDataset(settings.data_folder, split).images[0]
         image = min(image, os.path.relpath(image), key=len)
+        options = ["--output", "detected.png", "--min-score", "0.5"]
         print(shlex.join(["python", "detect.py", image, "--checkpoint", checkpoint, *options]))
 
 
