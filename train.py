@@ -268,7 +268,7 @@ def start_or_resume(settings, dataset, held_out, device, precision):
         done, only_exports = checkpoint["iteration"], settings.weights_only and not settings.dry_run
         if done >= settings.iterations and not (only_exports or validation_is_missing(settings, done)):
             raise InputError(
-                f"{settings.resume}: has finished its {done} iterations; to go on, give more --iterations and --decay-at"
+                f"{settings.resume}: has finished its {done} iterations; to go on, raise --iterations and --decay-at"
             )
         names = ["iteration", "pending"]
         if checkpoint.get("validated_on", "TEST") == split:  # else its scores are of other images
