@@ -96,8 +96,10 @@ def parse_arguments(arguments=None):
 def _parse_share(sources):
     """Return the share that --validation was given, or None if it was given folders or nothing."""
     try:
-        share = float(sources[0])
-    except (TypeError, ValueError):
+        share = float(sources[0]) if sources else None
+    except ValueError:
+        share = None
+    if share is None:
         return None
     if 0 < share < 1 and len(sources) == 1:
         return share

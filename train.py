@@ -67,8 +67,9 @@ SAMPLE_ON_GPU = {
     "data_folder": "data/sample", "output_folder": "runs/sample", "no_pretrained": True, "iterations": 4000,
     "grad_clip": 5.0, "workers": 8,
 }  # fmt: skip
-LEARNING_RATE = 1e-3  # for batches of 32; a word of warning for batches of up to SMALL_BATCH
+LEARNING_RATE = 1e-3  # for batches of 32; those of up to SMALL_BATCH images, about a third of that, get a warning
 SMALL_BATCH = 12
+PICTURE_LIMITS = DETECTION_LIMITS._replace(min_score=0.5)  # without a clutter of weak boxes
 
 
 def make_parser():
@@ -77,7 +78,7 @@ def make_parser():
     add = parser.add_argument_group("data and output").add_argument
     add("--data-folder", default=runs.DATA_FOLDER, help="folder with the lists of create_data_lists.py [%(default)s]")
     add("--output-folder", help="gets checkpoints, log and curves [runs/ and the name of the data folder]")
-    add("--overwrite", action="store_true", help="start anew even if the output folder holds a checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in the output folder; numbered checkpoints stay")
     add("--sample", action="store_true",
         help="train on synthetic images, made if they do not exist: a few by heart on a CPU, 240 on a GPU")  # fmt: skip
     add("--no-augmentation", action="store_true", help="do not augment, for instance to overfit a few images")
@@ -86,18 +87,21 @@ def make_parser():
         help="processes that load images, 0 for none [number of cores, at most 16]")  # fmt: skip
 
     # ssd_pascal.py: solver_param and batch_size; paper §3 and §3.1.
-    add = parser.add_argument_group("recipe (defaults: Caffe's)").add_argument
+    recipe = parser.add_argument_group("recipe (defaults: Caffe's)")
+    add = recipe.add_argument
     add("--batch-size", type=int, default=32, help="images per iteration [%(default)s]")
-    add("--iterations", type=int, default=120_000, help="updates in all [%(default)s]")
-    add("--epochs", type=float, metavar="N", help="how often to see every image, instead of --iterations")
-    add("--lr", type=float, default=LEARNING_RATE, help="of the weights; biases get twice that [%(default)s]")
+    length = recipe.add_mutually_exclusive_group().add_argument
+    length("--iterations", type=int, default=120_000, help="updates in all [%(default)s]")
+    length("--epochs", type=float, metavar="N", help="how often to see every image, instead of --iterations")
+    add("--lr", type=float, default=LEARNING_RATE, help="learning rate; biases get twice that [%(default)s]")
     add("--decay-at", type=int, nargs="*", metavar="N",
         help="iterations after which the rate is divided by 10 [after two thirds and five sixths of all]")  # fmt: skip
     add("--momentum", type=float, default=0.9, help="of SGD [%(default)s]")
     add("--weight-decay", type=float, default=5e-4, help="of the weights; biases get none [%(default)s]")
-    add("--no-pretrained", action="store_true", help="start from random weights instead of ImageNet's")
-    add("--base", metavar="FILE", help="start from the paper's reduced VGG-16, vgg16_reducedfc.pth, instead")
-    add("--init-from", metavar="SOURCE", help="start from a whole network: any checkpoint, or coco")
+    start = recipe.add_mutually_exclusive_group().add_argument
+    start("--no-pretrained", action="store_true", help="start from random weights instead of ImageNet's")
+    start("--base", metavar="FILE", help="start from the paper's reduced VGG-16, vgg16_reducedfc.pth, instead")
+    start("--init-from", metavar="SOURCE", help="start from a whole network: any checkpoint, or coco")
     add("--seed", type=int, default=0, help="of weights, order and augmentation [%(default)s]")
 
     add = parser.add_argument_group("speed").add_argument
@@ -122,7 +126,7 @@ def make_parser():
     add("--log-every", type=int, default=20, metavar="N", help="iterations per record in log.jsonl [%(default)s]")
     add("--resume", metavar="FILE", help="continue from this checkpoint, with its settings")
     add("--dry-run", action="store_true",
-        help="make two steps, validate one batch, print speed, memory and duration; write nothing")  # fmt: skip
+        help="make two steps, validate one batch, print speed, memory and duration; save nothing")  # fmt: skip
     add("--tensorboard", action="store_true",
         help="also log to TensorBoard, with images at each validation; needs the tensorboard package")  # fmt: skip
     add("--deterministic", action="store_true",
@@ -135,10 +139,8 @@ def parse_settings(arguments=None):
     """Return the settings: those given, then those of the sample or of the run to resume, then the defaults."""
     parser = make_parser()
     given = parser.parse_args(arguments)
-    if bool(given.base) + bool(given.init_from) + given.no_pretrained > 1:
-        raise InputError("--base, --init-from and --no-pretrained exclude each other; give one of them")
-    if given.epochs is not None and given.iterations != parser.get_default("iterations"):
-        raise InputError("--epochs and --iterations exclude each other; give one of them")
+    if given.sample and given.data_folder != runs.DATA_FOLDER:
+        raise InputError("--sample trains on images that it makes itself; leave --data-folder out")
     if given.sample:
         parser.set_defaults(**(SAMPLE_ON_GPU if torch.cuda.is_available() else SAMPLE_ON_CPU))
     if given.resume:
@@ -153,8 +155,7 @@ def parse_settings(arguments=None):
 def check_settings(settings):
     """Raise InputError if settings are impossible or contradict each other."""
     inputs = [settings.base, settings.init_from, settings.resume]
-    inputs += [os.path.join(settings.output_folder, name) for name in runs.RUN_FILES]
-    check_outputs(settings.weights_only, inputs=filter(None, inputs))
+    check_outputs(settings.weights_only, inputs=[*filter(None, inputs), *runs.list_files(settings.output_folder)])
     if settings.tensorboard:
         runlog.import_tensorboard()
     if min(settings.decay_at or (), default=0) < 0 or settings.seed >= 2**63 or settings.momentum >= 1:
@@ -168,8 +169,8 @@ def check_settings(settings):
         value = getattr(settings, name)
         if value is not None and not least <= value < math.inf:  # False for NaN, too
             raise InputError(f"{runs.option(name)} {value}: must be {least} or more")
-    if settings.epochs is not None and not 0 < settings.epochs < math.inf:
-        raise InputError(f"--epochs {settings.epochs:g}: must be above 0")
+    if settings.epochs is not None and not 0 < settings.epochs <= 1e6:
+        raise InputError(f"--epochs {settings.epochs:g}: must be above 0, and at most a million")
     if settings.accumulate > settings.batch_size:
         raise InputError(f"--accumulate {settings.accumulate}: must not exceed --batch-size {settings.batch_size}")
 
@@ -178,7 +179,7 @@ def complete_settings(settings, n_images, n_validation_images):
     """Fill in the settings that depend on the length of the run and were not given.
 
     The rate decays after two thirds and five sixths of the iterations, as in ssd_pascal.py. Validation is about ten
-    times a run, but never on more images than were trained on since the last one.
+    times a run, but never on more images than were trained on since the last one; a run that is shorter has none.
 
     :param n_images: number of training images
     :param n_validation_images: number of images to validate on, 0 for no validation
@@ -193,7 +194,8 @@ def complete_settings(settings, n_images, n_validation_images):
     if n_validation_images == 0:
         settings.validate_every = 0
     elif settings.validate_every is None:
-        settings.validate_every = math.ceil(max(settings.iterations / 10, n_validation_images / settings.batch_size))
+        every = math.ceil(max(settings.iterations / 10, n_validation_images / settings.batch_size))
+        settings.validate_every = every if every <= settings.iterations else 0
 
 
 def training_set(settings):
@@ -206,10 +208,10 @@ def training_set(settings):
 
 def validation_set(settings):
     """Return the images to validate on: the VAL split if it exists, else TEST; None without validation."""
-    splits = [split for split in ("VAL", "TEST") if has_split(settings.data_folder, split)]
-    if settings.validate_every == 0 or not splits:
+    split = "VAL" if has_split(settings.data_folder, "VAL") else "TEST"
+    if settings.validate_every == 0 or (settings.validate_every is None and not has_split(settings.data_folder, split)):
         return None
-    return PascalVOCDataset(settings.data_folder, splits[0], keep_difficult=True)
+    return PascalVOCDataset(settings.data_folder, split, keep_difficult=True)
 
 
 def start_model(settings, label_map):
@@ -263,13 +265,14 @@ def start_or_resume(settings, dataset, held_out, device, precision):
     if settings.resume:
         checkpoint = read_checkpoint(settings.resume)
         runs.check_same_run(checkpoint, vars(settings), vars(make_parser().parse_args([])), dataset)
-        done, is_wanted = checkpoint["iteration"], settings.weights_only
-        if done >= settings.iterations and not (is_wanted or validation_is_missing(settings, done)):
+        done, only_exports = checkpoint["iteration"], settings.weights_only and not settings.dry_run
+        if done >= settings.iterations and not (only_exports or validation_is_missing(settings, done)):
             raise InputError(
-                f"{settings.resume}: has finished its {done} iterations; to train further, raise --iterations"
+                f"{settings.resume}: has finished its {done} iterations; to go on, raise --iterations and --decay-at"
             )
-        is_comparable = checkpoint.get("validated_on", "TEST") == split
-        names = ("iteration", "pending", *(("best_loss", "best_map") if is_comparable else ()))
+        names = ["iteration", "pending"]
+        if checkpoint.get("validated_on", "TEST") == split:  # else its scores are of other images
+            names += ["best_loss", "best_map"]
         progress |= {name: checkpoint[name] for name in names if name in checkpoint}
         model = build_model(checkpoint, settings.resume)
     else:
@@ -312,6 +315,7 @@ def train(settings):
     runs.check_overwriting(settings)
     dataset, held_out = training_set(settings), validation_set(settings)
     complete_settings(settings, len(dataset), len(held_out or ()))
+    held_out = held_out if settings.validate_every else None
     model, optimizer, scaler, progress = start_or_resume(settings, dataset, held_out, device, precision)
     criterion = MultiBoxLoss(model.priors_cxcy)
     network = model
@@ -320,9 +324,7 @@ def train(settings):
     if n_processes() > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     train_loader = training_loader(settings, dataset, progress["iteration"], device)
-    held_out_loader = None
-    if held_out:
-        held_out_loader = evaluation_loader(held_out, images_at_once(settings), settings.workers, device)
+    held_out_loader = held_out and evaluation_loader(held_out, images_at_once(settings), settings.workers, device)
     step = partial(train_step, network, criterion, optimizer, scaler)
     if settings.dry_run:
         dry_run(settings, step, train_loader, held_out_loader, model, criterion, precision)
@@ -346,12 +348,11 @@ def train(settings):
             bar.update()
 
             # Look at the losses now and then, and before every checkpoint: each look waits for the GPU.
-            log_now, save_now, keep_now, validate_now = (
+            log_now, save_now, validate_now = (
                 is_due(progress["iteration"], every, settings.iterations)
-                for every in (
-                    settings.log_every, settings.checkpoint_every, settings.keep_every, settings.validate_every
-                )
-            )  # fmt: skip
+                for every in (settings.log_every, settings.checkpoint_every, settings.validate_every)
+            )
+            keep_now = settings.keep_every and progress["iteration"] % settings.keep_every == 0
             stop = interruption.agreed()
             if log_now or save_now or keep_now or validate_now or stop:
                 progress["pending"] += stop_if_not_finite(losses, model, scaler, progress["iteration"], train_loader)
@@ -386,7 +387,7 @@ def train_step(network, criterion, optimizer, scaler, batch, rate, precision="fp
     :param batch: this process's share: images (N, 3, 300, 300), lists of boxes and labels, and more that is not used
     :param rate: learning rate
     :param grad_clip: limit of the gradient's norm, 0 for none
-    :param accumulate: number of parts in which the batch goes through the network
+    :param accumulate: number of parts of about the same size in which this share goes through the network
     :return: (3,) tensor, still on the device: this process's share of confidence loss, localisation loss and norm of
         the gradient before clipping; the sum over all processes is the whole batch's
     """
@@ -397,11 +398,11 @@ def train_step(network, criterion, optimizer, scaler, batch, rate, precision="fp
     # Match before the network runs: every part is normalised by the positives of the whole batch.
     true_boxes, true_labels = criterion.match(boxes, labels)
     n_positives = sum_over_processes((true_labels > 0).sum()).clamp(min=1)
-    size = math.ceil(len(images) / accumulate)
-    parts = list(zip(*(values.split(size) for values in (images, true_boxes, true_labels)), strict=True))
+    n_parts = min(accumulate, len(images))
+    parts = zip(*(values.tensor_split(n_parts) for values in (images, true_boxes, true_labels)), strict=True)
     losses = torch.zeros(2, device=images.device)
     for number, (part_images, *targets) in enumerate(parts, start=1):
-        is_early = n_processes() > 1 and number < len(parts)
+        is_early = n_processes() > 1 and number < n_parts
         with network.no_sync() if is_early else nullcontext():  # the processes add up their gradients once
             with mixed_precision(precision, images.device):
                 predictions = network(part_images)
@@ -469,7 +470,9 @@ def validate(loader, model, criterion, precision, interruption=None):
 
 
 def validate_and_keep_best(loader, model, criterion, precision, log, save, progress, interruption):
-    """Validate, log the result and save the best network, by mAP or else by loss; return False if interrupted.
+    """Validate, save the best network and log the result; return False if interrupted.
+
+    The best network has the highest mAP or, if there are no objects to detect, the lowest loss.
 
     :param save: function that saves a checkpoint under a name
     :param progress: its "best_loss" and "best_map" are updated
@@ -477,18 +480,18 @@ def validate_and_keep_best(loader, model, criterion, precision, log, save, progr
     result = validate(loader, model, criterion, precision, interruption)
     if result is None:
         return False
-    split = loader.dataset.split
-    pictures = example_pictures(loader.dataset, model) if log.board else ()
+    split, loss, mean = loader.dataset.split, result["loss"], result.get("mAP_11_point")
+    is_best = loss < progress["best_loss"] if mean is None else mean > progress["best_map"]
+    progress["best_loss"] = min(loss, progress["best_loss"])
+    progress["best_map"] = max(-1.0 if mean is None else mean, progress["best_map"])
+    if is_best:  # saved before the log says that the validation is done: a killed run repeats it otherwise
+        save("best.pth", chosen_on=split)
+    pictures = example_pictures(loader.dataset, model, PICTURE_LIMITS) if log.board else ()
     log.append({"event": "validation", "iteration": progress["iteration"], "split": split, **result}, pictures)
     if rank() == 0:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
         tqdm.write(f"iteration {progress['iteration']}: validation {figures}")
     log.draw_curves()
-    loss, mean = result["loss"], result.get("mAP_11_point", -1.0)
-    is_best = mean > progress["best_map"] or (mean == progress["best_map"] and loss < progress["best_loss"])
-    progress["best_loss"], progress["best_map"] = min(loss, progress["best_loss"]), max(mean, progress["best_map"])
-    if is_best:
-        save("best.pth", chosen_on=split)
     return True
 
 
@@ -571,22 +574,20 @@ def dry_run(settings, step, train_loader, held_out_loader, model, criterion, pre
     hours = (settings.iterations - train_loader.batch_sampler.start) * seconds / 3600
     say(f"{settings.batch_size / seconds:.1f} images/s; {settings.iterations} iterations are "
         f"{epochs:.1f} epochs and take about {hours:.1f} hours at that speed; "
-        "nothing was written")  # fmt: skip
+        "no checkpoint and no log was written")  # fmt: skip
 
 
 def main():
     """Run the command line."""
     settings = parse_settings()
     join_processes()
-    remedy = f"lower --batch-size {settings.batch_size} or raise --accumulate {settings.accumulate}"
     try:
         if settings.sample and rank() == 0 and not has_split(settings.data_folder, "TRAIN"):
-            if torch.cuda.is_available():
-                make_sample(settings.data_folder, n_val=30)
-            else:
-                make_sample(settings.data_folder, n_train=2, n_test=10, by_heart=True, seed=5)
+            few = {"n_train": 2, "n_test": 10, "by_heart": True, "seed": 5}
+            make_sample(settings.data_folder, **(few if settings.no_augmentation else {"n_val": 30}))
         sum_over_processes(torch.zeros(1))  # wait for the sample
-        with explain_memory(remedy):
+        tried = f"tried --batch-size {settings.batch_size} with --accumulate {settings.accumulate}"
+        with explain_memory(f"{tried}; lower the first or raise the second"):
             model, complete = train(settings)
         is_first = rank() == 0
     finally:
@@ -600,19 +601,18 @@ def main():
     say_what_is_next(settings, complete)
 
 
-def sample_split():
-    """Return the split that shows what a sample run has learnt."""
-    return "TEST" if torch.cuda.is_available() else "TRAIN"
+def sample_split(settings):
+    """Return the split that shows what a sample run has learnt: TRAIN if it learnt its images by heart."""
+    return "TRAIN" if settings.no_augmentation else "TEST"
 
 
 def show_sample(settings, model):
     """Score the network of a sample run, and draw what it detects."""
-    dataset = PascalVOCDataset(settings.data_folder, sample_split(), keep_difficult=True, augment=False)
+    dataset = PascalVOCDataset(settings.data_folder, sample_split(settings), keep_difficult=True, augment=False)
     loader = evaluation_loader(dataset, settings.batch_size, settings.workers, model.priors_cxcy.device)
     mean = evaluate(loader, model).results["mAP_11_point"]
-    limits = DETECTION_LIMITS._replace(min_score=0.5)
     path = os.path.join(settings.output_folder, "detected.png")
-    write_image(tile(example_pictures(dataset, model, limits), columns=1, side=800), path)
+    write_image(tile(example_pictures(dataset, model, PICTURE_LIMITS), columns=1, side=800), path)
     print(f"mAP {mean:.4f} on the {len(dataset)} images of the {dataset.split} split")
     print(f"look at {path}: the objects on the left, what the network detects on the right")
 
@@ -620,19 +620,19 @@ def show_sample(settings, model):
 def say_what_is_next(settings, complete):
     """Print where the results are and the commands that continue from a run."""
     checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
+    checkpoint = checkpoint if os.path.exists(checkpoint) else settings.resume  # resumed into another folder
     if not complete:
-        checkpoint = checkpoint if os.path.exists(checkpoint) else settings.resume  # resumed into another folder
         print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
         return
-    print(f"trained: {checkpoint}; curves.png beside it has the curves, if matplotlib is installed")
-    split, options = "TEST", []
-    if settings.sample:
-        split, options = sample_split(), ["--min-score", "0.5"]
+    curves = os.path.join(settings.output_folder, "curves.png")
+    print(f"trained: {checkpoint}" + (f"; curves: {curves}" if os.path.exists(curves) else ""))
+    split = sample_split(settings) if settings.sample else "TEST"
     if has_split(settings.data_folder, split):
         print("next:")
         print(shlex.join(["python", "eval.py", "--checkpoint", checkpoint, "--split", split]))
         image = PascalVOCDataset(settings.data_folder, split).images[0]
         image = min(image, os.path.relpath(image), key=len)
+        options = ["--output", "detected.png", "--min-score", "0.5"]
         print(shlex.join(["python", "detect.py", image, "--checkpoint", checkpoint, *options]))
 
 

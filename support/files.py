@@ -57,7 +57,7 @@ class CommandParser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
         closest = difflib.get_close_matches(unknown.replace("_", "-"), self._option_string_actions, 1)
         hint = f"did you mean {closest[0]}?" if closest else f"see python {self.prog} --help"
-        raise InputError(f"{message}; {hint}")
+        raise InputError(f"{' '.join(message.split())}; {hint}")
 
 
 def run_command(main):

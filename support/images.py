@@ -50,7 +50,8 @@ def decoding():
     except InputError:
         raise
     except Exception as error:  # decoders raise all kinds of exceptions on damaged files
-        raise InputError(f"cannot read this image ({error}); replace it or take it out of the data") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read this image ({reason}); replace it or take it out of the data") from error
 
 
 def read_image(path):

@@ -113,8 +113,8 @@ def read_data_lists(data_folder, split):
     """
     if not any(has_split(data_folder, name) for name in SPLITS):
         raise InputError(
-            f"{data_folder}: has no lists of images; make them with python create_data_lists.py --output-folder "
-            f"{data_folder} (see its --help), or try the code with python train.py --sample"
+            f"{data_folder}: has no lists of images; make them with create_data_lists.py, those of VOC by python "
+            "create_data_lists.py --download data --output-folder data/voc; or try python train.py --sample"
         )
     label_file = os.path.join(data_folder, "label_map.json")
     image_file, object_file = _list_files(data_folder, split)

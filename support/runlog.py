@@ -190,17 +190,19 @@ def draw_curves(figures, records):
     """
     training = [record for record in records if record["event"] == "train"]
     validations = [record for record in records if record["event"] == "validation"]
-    scored = [record for record in validations if "mAP_11_point" in record]
     figure = figures.Figure(figsize=(8, 8), layout="constrained")
     losses, rates, scores = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 2))
     for name, label in (("confidence_loss", "confidence"), ("localization_loss", "localization"), ("loss", "sum")):
         losses.plot(*_points(training, name), label=label)
     losses.plot(*_points(validations, "loss"), "o-", markersize=4, label="sum, validation")
-    losses.set(ylabel="loss", yscale="log")
+    losses.set(ylabel="loss")
     losses.legend()
     rates.plot(*_points(training, "lr"))
-    rates.set(ylabel="learning rate", yscale="log")
-    scores.plot(*_points(scored, "mAP_11_point"), "o-", markersize=4)
+    rates.set(ylabel="learning rate")
+    for axes in (losses, rates):
+        if any((line.get_ydata() > 0).any() for line in axes.lines):  # matplotlib warns of a log scale of zeros alone
+            axes.set_yscale("log")
+    scores.plot(*_points(validations, "mAP_11_point"), "o-", markersize=4)
     scores.set(xlabel="iteration", ylabel="validation mAP", ylim=(-0.02, 1.02))
     for axes in (losses, rates, scores):
         axes.grid(alpha=0.3)
@@ -210,8 +212,8 @@ def draw_curves(figures, records):
 
 
 def _points(records, name):
-    """Return the iterations and the values of a figure in records."""
-    return [record["iteration"] for record in records], [record[name] for record in records]
+    """Return the iterations and the values of a figure in the records that have it, as an array (2, n)."""
+    return np.array([(record["iteration"], record[name]) for record in records if name in record]).reshape(-1, 2).T
 
 
 def warn(message):

@@ -5,7 +5,9 @@ check_overwriting(settings)
 check_same_run(read_checkpoint(path), settings, defaults, dataset)
 """
 
+import glob
 import os
+import shlex
 from contextlib import suppress
 
 from support.checkpoints import read_checkpoint, read_origin
@@ -14,7 +16,9 @@ from support.files import InputError, remove_half_written
 
 DATA_FOLDER = "data/voc"  # if neither the command line nor a checkpoint names one
 RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl", "curves.png", "detected.png")  # in the output folder
-FIXED = ("batch_size", "seed", "no_pretrained", "base", "init_from")  # settings that a resumed run cannot change
+# Settings that a resumed run cannot change.
+FIXED = ("batch_size", "seed", "no_pretrained", "base", "init_from", "no_difficult")
+MAX_NAMES = 8  # of classes to print
 
 
 def run_folder(data_folder):
@@ -34,8 +38,9 @@ def choose_sources(checkpoint, data_folder):
         raise InputError(f"{data_folder}: no such folder; give a --data-folder that create_data_lists.py made")
     checkpoint = checkpoint or os.path.join(run_folder(data_folder or DATA_FOLDER), "checkpoint.pth")
     if checkpoint != "coco" and not os.path.isfile(checkpoint):
+        train = shlex.join(["python", "train.py", "--data-folder", data_folder or DATA_FOLDER])
         raise InputError(
-            f"{checkpoint}: no such file; train first (python train.py --data-folder {data_folder or DATA_FOLDER}), "
+            f"{checkpoint}: no such file; train first ({train}), "
             "or give --checkpoint FILE, or --checkpoint coco for torchvision's weights"
         )
     origin = read_origin(checkpoint)
@@ -90,6 +95,12 @@ def check_same_run(checkpoint, settings, defaults, dataset):
             print(f"{option(name)} is {value}, and was {earlier}")
 
 
+def list_files(folder):
+    """Return the paths of all files that a run may write to its output folder."""
+    numbered = glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.pth"))
+    return [os.path.join(folder, name) for name in RUN_FILES] + numbered
+
+
 def clean(folder, is_new):
     """Remove what a run that was killed left half-written and, for a new run, results of an earlier one.
 
@@ -133,20 +144,21 @@ def announce(description, dataset, held_out):
     :param description: as `runlog.describe_run` returns it
     :param dataset, held_out: data sets for training and for validation; None for no validation
     """
-    settings, (_, *names) = description["settings"], description["classes"]
-    print(f"SSD300 of {len(names)} classes ({', '.join(names):.60}), {description['precision']} on "
-          f"{description['hardware']}")  # fmt: skip
+    settings = description["settings"]
+    names = [name for name in description["classes"] if name != "background"]
+    shown = ", ".join(names[:MAX_NAMES]) + (" …" if len(names) > MAX_NAMES else "")
+    print(f"SSD300 of {len(names)} classes ({shown}), {description['precision']} on {description['hardware']}")
     epochs = settings["iterations"] * settings["batch_size"] / len(dataset)
     print(f"{len(dataset)} images of {settings['data_folder']}, {settings['iterations']} iterations of "
           f"{settings['batch_size']} images: {epochs:.1f} epochs")  # fmt: skip
-    if held_out is None:
+    if settings["sample"] and settings["no_augmentation"]:
+        print("these few images are only learnt by heart, which shows without a GPU that everything works")
+    elif held_out is None:
         print("no validation")
-    elif held_out.images == dataset.images:
-        print("without a GPU these few images are only learnt by heart, which shows that everything works")
     else:
-        print(f"validation every {settings['validate_every']} iterations, on the {len(held_out)} images of the "
-              f"{held_out.split} split")  # fmt: skip
-        if held_out.split == "TEST":
-            print("best.pth is chosen on the test images, so its score on them will be optimistic; to avoid that, "
-                  "make a VAL split with create_data_lists.py --validation")  # fmt: skip
+        print(f"validation every {settings['validate_every']} iterations and at the end, on the {len(held_out)} images "
+              f"of the {held_out.split} split")  # fmt: skip
+    if held_out and held_out.split == "TEST":
+        print("best.pth is chosen on the test images, so its score on them will be optimistic; to avoid that, make a "
+              "VAL split with create_data_lists.py --validation")  # fmt: skip
     print(f"output: {settings['output_folder']}; all settings are in its log.jsonl", flush=True)

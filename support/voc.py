@@ -213,8 +213,8 @@ def hold_out(train, validation, test):
     tested = [image for image, _ in test if os.path.realpath(image) in held_out]
     if tested:
         raise InputError(
-            f"{tested[0]}: is in both VAL and TEST ({len(tested)} such images in all); take it out of TEST, or give "
-            "--validation other images"
+            f"{tested[0]}: is in both VAL and TEST ({len(tested)} such images in all); take it out of TEST, or out of "
+            "the images for --validation"
         )
     remaining = [(image, annotation) for image, annotation in train if os.path.realpath(image) not in held_out]
     if not remaining:

@@ -227,8 +227,8 @@ def test_missing_and_broken_lists_are_refused_by_name(lists):
 
 def test_a_folder_without_lists_is_refused_with_the_command_that_makes_them(tmp_path):
     for folder in ("nowhere", tmp_path):
-        remedies = "create_data_lists.py --output-folder {} .*train.py --sample"
-        with pytest.raises(InputError, match=f"^{folder}: has no lists .*{remedies.format(folder)}"):
+        remedies = "create_data_lists.py --download data --output-folder data/voc; or try python train.py --sample"
+        with pytest.raises(InputError, match=f"^{folder}: has no lists .*{remedies}"):
             PascalVOCDataset(folder, "TRAIN")
 
 

@@ -376,6 +376,37 @@ def test_a_dry_run_validates_also_in_a_process_without_test_images(run, monkeypa
     assert validated == [[]]
 
 
+def test_curves_show_the_records_of_the_log_and_nothing_without_matplotlib(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep_lines(figure, *_, **__):
+        for axes in figure.axes:
+            drawn[axes.get_ylabel()] = [line.get_xydata().tolist() for line in axes.lines]
+
+    log = RunLog(tmp_path, {"event": "start"})
+    losses = {"confidence_loss": 3.0, "localization_loss": 1.0, "loss": 4.0}
+    log.append({"event": "train", "iteration": 20, **losses, "lr": 0.1})
+    log.append({"event": "train", "iteration": 40, "lr": 0.01})  # damaged
+    log.append({"event": "validation", "iteration": 40, "split": "VAL", "loss": 5.0, "mAP_11_point": 0.25})
+    log.append({"event": "validation", "iteration": 60, "split": "VAL", "loss": 6.0})
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep_lines)
+    log.draw_curves()
+    assert drawn == {
+        "loss": [[[20, 3]], [[20, 1]], [[20, 4]], [[40, 5], [60, 6]]],
+        "learning rate": [[[20, 0.1], [40, 0.01]]],
+        "validation mAP": [[[40, 0.25]]],
+    }
+    monkeypatch.undo()
+    (tmp_path / "curves.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    log.draw_curves()
+    assert not (tmp_path / "curves.png").exists()
+    monkeypatch.undo()
+    log.draw_curves()
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 400
+
+
 def test_a_log_keeps_complete_records_that_are_still_valid(tmp_path):
     lines = ['{"event": "train", "iteration": 1}', "[]", '{"iteration": 1}', '{"event": "tr']
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
@@ -389,10 +420,19 @@ def test_contradictory_settings_and_missing_packages_are_rejected_before_trainin
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="pip install tensorboard"):
         parse("--data-folder", sample, "--tensorboard")
-    with pytest.raises(InputError, match="--epochs and --iterations exclude each other"):
-        parse("--data-folder", sample, "--epochs", 2, "--iterations", 10)
-    with pytest.raises(InputError, match="--base, --init-from and --no-pretrained exclude each other"):
-        parse("--data-folder", sample, "--init-from", "coco", "--no-pretrained")
+
+
+def test_a_run_without_images_to_validate_on_says_so_unless_validation_was_asked_for(sample, tmp_path):
+    for name in ("TRAIN_images.json", "TRAIN_objects.json", "label_map.json"):
+        shutil.copy(sample / name, tmp_path)
+    assert train.validation_set(parse("--data-folder", tmp_path)) is None
+    assert train.validation_set(parse("--data-folder", sample, "--validate-every", 0)) is None
+    assert train.validation_set(parse("--data-folder", sample)).split == "TEST"
+    with pytest.raises(InputError, match="TEST_images.json"):
+        train.validation_set(parse("--data-folder", tmp_path, "--validate-every", 5))
+    for name in ("images", "objects"):
+        shutil.copy(sample / f"TEST_{name}.json", tmp_path / f"VAL_{name}.json")
+    assert train.validation_set(parse("--data-folder", tmp_path)).split == "VAL"
 
 
 def test_validation_on_images_without_ground_truth_has_a_loss_and_no_map(run, tmp_path):
@@ -486,7 +526,10 @@ def test_a_checkpoint_of_the_previous_version_can_be_resumed(run, tmp_path):
 
 
 def test_two_processes_make_the_same_updates_as_one(sample, tmp_path):
-    """Train three steps on an uneven split: images with many and few objects, and a process whose image has none."""
+    """Train three steps on an uneven split: images with many and few objects, and a process whose image has none.
+
+    With --accumulate 2 process 0 takes its two images in two parts, and process 1 its only image in one.
+    """
     data = tmp_path / "data"
     shutil.copytree(sample, data)
     order = TrainingSampler(6, 3, seed=3, stop=1).batch(0)
@@ -497,7 +540,8 @@ def test_two_processes_make_the_same_updates_as_one(sample, tmp_path):
     (data / "TRAIN_objects.json").write_text(json.dumps(objects))
     arguments = ("--data-folder", data, *RECIPE, "--batch-size", 3, "--iterations", 3, "--workers", 0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    printed = "".join(launch(*TORCHRUN, TRAIN, *arguments, "--output-folder", tmp_path / "two", env=environment))
+    in_parts = ("--accumulate", 2, "--output-folder", tmp_path / "two")
+    printed = "".join(launch(*TORCHRUN, TRAIN, *arguments, *in_parts, env=environment))
     assert printed.count("trained: ") == 1
     run_train(*arguments, "--output-folder", tmp_path / "one")
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
