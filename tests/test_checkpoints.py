@@ -217,14 +217,10 @@ def test_weights_of_other_systems_reproduce_their_recorded_priors_and_outputs(tm
 
 
 def with_classes(name, n_classes):
-    """Parameter name -> shape as in a recorded system, but for another number of classes."""
-    recorded = published_shapes(name)
-    cells = {"conf.0": 4, "conf.4": 4, "conf.5": 4, "cls_headers.0": 4, "cls_headers.4": 4, "cls_headers.5": 4}
+    """Parameter name -> shape as in a recorded system for VOC, but for another number of classes."""
     return {
-        parameter: (n_classes * next((n for part, n in cells.items() if f"{part}." in parameter), 6), *shape[1:])
-        if "conf." in parameter or "cls_headers" in parameter
-        else shape
-        for parameter, shape in recorded.items()
+        parameter: (shape[0] // 21 * n_classes, *shape[1:]) if "conf." in parameter or "cls_" in parameter else shape
+        for parameter, shape in published_shapes(name).items()
     }
 
 
