@@ -618,24 +618,30 @@ def test_the_protocol_limits_the_candidates_of_each_class(tiny, monkeypatch):
     assert passed == [(*EVALUATION_LIMITS, None), (*EVALUATION_LIMITS, 400)]
 
 
-def test_classes_are_matched_by_name_and_the_others_count_as_background(monkeypatch, capsys):
-    """The model knows four classes in its own order and spelling; the data has two of them."""
+@pytest.mark.parametrize(
+    ("data", "own_labels"),  # of the data; of the model, of each class of the data
+    [
+        ({"aeroplane": 1, "disc": 2, "background": 0}, [3, 2]),
+        ({"background": 0, "dog": 1, "aeroplane": 2, "disc": 3, "cat": 4}, [4, 3, 2, 1]),
+    ],
+)
+def test_classes_are_matched_by_name_and_the_others_count_as_background(data, own_labels, monkeypatch, capsys):
+    """The model knows four classes in its own order and spelling; the data has two of them, or all."""
     model = SSD300(5, pretrained=False).eval()
     model.label_map = make_label_map(["cat", "disc", "airplane", "dog"])
     generator = torch.Generator().manual_seed(0)
     locs, scores = torch.randn(1, 8732, 4, generator=generator), torch.randn(1, 8732, 5, generator=generator) * 3
     monkeypatch.setattr(model, "forward", lambda images: (locs, scores))
     sources = SimpleNamespace(checkpoint="x.pth", data_folder="d")
-    data = {"aeroplane": 1, "disc": 2, "background": 0}
     eval_script.adopt_classes(model, data, sources)
-    assert "2 of the model that the data does not have are left out" in capsys.readouterr().out
+    assert f"; {4 - len(own_labels)} of the model that the data does not have are left out" in capsys.readouterr().out
     assert model.label_map == data
     images = torch.zeros(1, 3, 300, 300)
     boxes, labels, probabilities = model.detect_objects(*model(images), 0.5, 0.45, 150)
     expected = reference.detect_objects(model.priors_cxcy, locs[0], scores[0], 0.5, 0.45, None)
-    kept = [index for index, label in enumerate(expected[1]) if label in (2, 3)][:150]
+    kept = [index for index, label in enumerate(expected[1]) if label in own_labels][:150]
     assert len(kept) == 150
-    assert labels[0].tolist() == [{3: 1, 2: 2}[expected[1][index]] for index in kept]
+    assert labels[0].tolist() == [own_labels.index(expected[1][index]) + 1 for index in kept]
     assert torch.allclose(boxes[0], expected[0][kept], atol=1e-6)
     assert probabilities[0].tolist() == pytest.approx([expected[2][index] for index in kept], abs=1e-5)
 
