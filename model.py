@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from support.checkpoints import KNOWN_SYSTEMS, read_weights
 from support.download import fetch_weights
 from support.files import InputError
+from support.labels import find_label
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -32,7 +33,6 @@ from utils import (
 VGG_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 # The tables of the two sizes of the network, by the side of its input in pixels.
-
 # name: (channels in, channels out, kernel size, stride, padding); paper figure 2, AddExtraLayers of ssd_pascal.py and
 # ssd_pascal_512.py.
 AUXILIARY_LAYERS = {
@@ -451,12 +451,12 @@ def build_model(description, source):
 def transfer(source, label_map):
     """Return a network for other classes with the weights of `source`, and the names of the classes carried over.
 
-    All layers are taken. The class heads keep the filters of classes that both know by name; the others are fresh.
+    The class heads keep the filters of classes that both know, by COCO's or VOC's spelling; the others are fresh.
     """
     model = type(source)(len(label_map), pretrained=False, priors=source.priors, pixel_mean=source.pixel_mean)
     model.label_map = label_map
-    shared = [name for name in label_map if name in source.label_map]
-    ours, theirs = ([classes[name] for name in shared] for classes in (label_map, source.label_map))
+    shared = [name for name in label_map if find_label(name, source.label_map) is not None]
+    ours, theirs = [label_map[name] for name in shared], [find_label(name, source.label_map) for name in shared]
     weights = model.state_dict()
     for name, value in source.state_dict().items():
         if name.startswith("pred_convs.cl_"):

@@ -1,8 +1,9 @@
-"""Train SSD300 by the schedule of the released Caffe networks.
+"""Train SSD300 or SSD512 by the schedule of the released Caffe networks.
 
 python train.py --sample
 python train.py
 python train.py --data-folder data/mine --init-from coco --epochs 60
+python train.py --size 512 --batch-size 32 --accumulate 4
 python train.py --resume runs/voc/checkpoint.pth
 torchrun --nproc-per-node=8 train.py
 """
@@ -11,7 +12,6 @@ import argparse
 import itertools
 import math
 import os
-import shlex
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +24,16 @@ from tqdm import tqdm
 from datasets import PascalVOCDataset, TrainingSampler, collate_fn
 from detect import example_pictures
 from eval import detect_all, evaluate, evaluation_loader
-from model import DETECTION_LIMITS, EVALUATION_LIMITS, SSD300, MultiBoxLoss, build_model, load_model, transfer
+from model import (
+    DETECTION_LIMITS,
+    EVALUATION_LIMITS,
+    NETWORKS,
+    PRIOR_FAMILIES,
+    MultiBoxLoss,
+    build_model,
+    load_model,
+    transfer,
+)
 from support import runlog, runs
 from support.checkpoints import CAFFE_MEAN, load_optimizer, read_base, read_checkpoint, save_checkpoint, save_weights
 from support.devices import (
@@ -54,8 +63,9 @@ from support.files import (
 )
 from support.images import tile, write_image
 from support.lists import has_split
+from support.priors import find_priors
 from support.sample import make_sample
-from utils import IMAGE_SIZE, calculate_mAP
+from utils import calculate_mAP
 
 # Defaults that --sample changes. A CPU learns a few pictures by heart within minutes, a GPU learns the whole set.
 SAMPLE_ON_CPU = {
@@ -102,6 +112,9 @@ def make_parser():
     start("--no-pretrained", action="store_true", help="start from random weights instead of ImageNet's")
     start("--base", metavar="FILE", help="start from the paper's reduced VGG-16, vgg16_reducedfc.pth, instead")
     start("--init-from", metavar="SOURCE", help="start from a whole network: any checkpoint, or coco")
+    add("--size", type=int, choices=list(NETWORKS), default=300, help="of the network's input, pixels [%(default)s]")
+    add("--priors", metavar="FAMILY|FILE",
+        help="paper (size 300), caffe, coco, or a JSON file [paper; with --base or --size 512: caffe]")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, order and augmentation [%(default)s]")
 
     add = parser.add_argument_group("speed").add_argument
@@ -154,6 +167,8 @@ def parse_settings(arguments=None):
 
 def check_settings(settings):
     """Raise InputError if settings are impossible or contradict each other."""
+    if settings.init_from and settings.priors:
+        raise InputError("--priors: those of --init-from come with its network; leave --priors out")
     inputs = [settings.base, settings.init_from, settings.resume]
     check_outputs(settings.weights_only, inputs=[*filter(None, inputs), *runs.list_files(settings.output_folder)])
     if settings.tensorboard:
@@ -202,7 +217,7 @@ def training_set(settings):
     """Return the images to train on, by default with difficult objects (ssd_pascal.py, use_difficult_gt)."""
     return PascalVOCDataset(
         settings.data_folder, "TRAIN", keep_difficult=not settings.no_difficult,
-        augment=not settings.no_augmentation, seed=settings.seed,
+        augment=not settings.no_augmentation, seed=settings.seed, size=settings.size,
     )  # fmt: skip
 
 
@@ -211,19 +226,23 @@ def validation_set(settings):
     split = "VAL" if has_split(settings.data_folder, "VAL") else "TEST"
     if settings.validate_every == 0 or (settings.validate_every is None and not has_split(settings.data_folder, split)):
         return None
-    return PascalVOCDataset(settings.data_folder, split, keep_difficult=True)
+    return PascalVOCDataset(settings.data_folder, split, keep_difficult=True, size=settings.size)
 
 
 def start_model(settings, label_map):
-    """Return the SSD300 that a new run starts from."""
+    """Return the network that a new run starts from."""
     if settings.init_from:
         source = load_model(settings.init_from, label_map=label_map)
+        if source.size != settings.size:
+            raise InputError(f"{settings.init_from}: is a network of size {source.size}; give --size {source.size}")
         model, shared = transfer(source, label_map)
         fresh = [name for name in label_map if name not in shared]
         print(f"{settings.init_from}: took all layers and the class filters of {', '.join(shared)}")
         print(f"freshly initialised: the class filters of {', '.join(fresh) or 'none'}")
         return model
-    model = SSD300(len(label_map), pretrained=not (settings.no_pretrained or settings.base))
+    default = "caffe" if settings.base or settings.size == 512 else "paper"
+    priors = find_priors(settings.priors or default, PRIOR_FAMILIES[settings.size])
+    model = NETWORKS[settings.size](len(label_map), not (settings.no_pretrained or settings.base), priors)
     model.label_map = label_map
     if settings.base:
         model.base.load_state_dict(read_base(settings.base, model.base.state_dict()))
@@ -255,7 +274,7 @@ def make_optimizer(model, settings):
 def start_or_resume(settings, dataset, held_out, device, precision):
     """Return the model, its optimizer and gradient scaler, and the progress of the run.
 
-    :return: SSD300 on the device, in training mode; optimizer; scaler; {"iteration": number of updates made,
+    :return: network on the device, in training mode; optimizer; scaler; {"iteration": number of updates made,
         "best_loss", "best_map": of the validations so far, "validated_on": the split of these validations, "pending":
         losses since the last regular record of the log}
     """
@@ -266,7 +285,7 @@ def start_or_resume(settings, dataset, held_out, device, precision):
         checkpoint = read_checkpoint(settings.resume)
         runs.check_same_run(checkpoint, vars(settings), vars(make_parser().parse_args([])), dataset)
         done, only_exports = checkpoint["iteration"], settings.weights_only and not settings.dry_run
-        if done >= settings.iterations and not (only_exports or validation_is_missing(settings, done)):
+        if done >= settings.iterations and not (only_exports or runs.validation_is_missing(settings, done)):
             raise InputError(
                 f"{settings.resume}: has finished its {done} iterations; to go on, raise --iterations and --decay-at"
             )
@@ -306,7 +325,7 @@ def images_at_once(settings):
 
 
 def train(settings):
-    """Train until the last iteration or an interruption; return the SSD300, and whether the run is complete."""
+    """Train until the last iteration or an interruption; return the network, and whether the run is complete."""
     # Prepare the device, the data and the network.
     if settings.deterministic:
         make_deterministic()
@@ -320,7 +339,7 @@ def train(settings):
     criterion = MultiBoxLoss(model.priors_cxcy)
     network = model
     if settings.compile:
-        network = compile_network(model, (images_at_once(settings), 3, IMAGE_SIZE, IMAGE_SIZE), precision)
+        network = compile_network(model, (images_at_once(settings), 3, settings.size, settings.size), precision)
     if n_processes() > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     train_loader = training_loader(settings, dataset, progress["iteration"], device)
@@ -331,7 +350,7 @@ def train(settings):
         return model, False
 
     # A checkpoint is saved before the validation of its iteration, so a resumed run begins with that.
-    validate_now = validation_is_missing(settings, progress["iteration"])
+    validate_now = runs.validation_is_missing(settings, progress["iteration"])
     log = prepare_output(settings, dataset, held_out, model, precision, progress, validate_now)
     save = partial(save_run, settings, dataset, model, optimizer, scaler, progress)
     validation = partial(validate_and_keep_best, held_out_loader, model, criterion, precision, log, save, progress)
@@ -349,7 +368,7 @@ def train(settings):
 
             # Look at the losses now and then, and before every checkpoint: each look waits for the GPU.
             log_now, save_now, validate_now = (
-                is_due(progress["iteration"], every, settings.iterations)
+                runs.is_due(progress["iteration"], every, settings.iterations)
                 for every in (settings.log_every, settings.checkpoint_every, settings.validate_every)
             )
             keep_now = settings.keep_every and progress["iteration"] % settings.keep_every == 0
@@ -383,8 +402,8 @@ def train(settings):
 def train_step(network, criterion, optimizer, scaler, batch, rate, precision="fp32", grad_clip=0.0, accumulate=1):
     """Update the weights once.
 
-    :param network: the SSD300, compiled or distributed or as it is
-    :param batch: this process's share: images (N, 3, 300, 300), lists of boxes and labels, and more that is not used
+    :param network: the model, compiled or distributed or as it is
+    :param batch: this process's share: images (N, 3, size, size), lists of boxes and labels, and more that is not used
     :param rate: learning rate
     :param grad_clip: limit of the gradient's norm, 0 for none
     :param accumulate: number of parts of about the same size in which this share goes through the network
@@ -418,11 +437,6 @@ def train_step(network, criterion, optimizer, scaler, batch, rate, precision="fp
     scaler.step(optimizer)
     scaler.update()
     return torch.cat([losses, norm[None] / n_processes()])
-
-
-def is_due(iteration, every, last):
-    """Tell whether a periodic action is due after an update: after each `every` updates (0: never), and at the end."""
-    return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == last)
 
 
 def stop_if_not_finite(losses, model, scaler, iteration, loader):
@@ -493,16 +507,6 @@ def validate_and_keep_best(loader, model, criterion, precision, log, save, progr
         tqdm.write(f"iteration {progress['iteration']}: validation {figures}")
     log.draw_curves()
     return True
-
-
-def validation_is_missing(settings, iteration):
-    """Tell whether a resumed run must first validate: a checkpoint is saved before the validation of its iteration.
-
-    The validation is repeated even if it was made. Only a finished run that has logged it does not repeat it.
-    """
-    if not is_due(iteration, settings.validate_every, settings.iterations):
-        return False
-    return iteration < settings.iterations or not runlog.has_validation(settings.output_folder, iteration)
 
 
 def prepare_output(settings, dataset, held_out, model, precision, progress, validates_first):
@@ -598,7 +602,10 @@ def main():
         save_weights(settings.weights_only, model)
     if complete and settings.sample:
         show_sample(settings, model)
-    say_what_is_next(settings, complete)
+    split = sample_split(settings) if settings.sample else "TEST"
+    has_example = has_split(settings.data_folder, split)
+    example = PascalVOCDataset(settings.data_folder, split).images[0] if has_example else None
+    runs.say_what_is_next(settings, complete, split, example)
 
 
 def sample_split(settings):
@@ -608,32 +615,14 @@ def sample_split(settings):
 
 def show_sample(settings, model):
     """Score the network of a sample run, and draw what it detects."""
-    dataset = PascalVOCDataset(settings.data_folder, sample_split(settings), keep_difficult=True, augment=False)
+    split = sample_split(settings)
+    dataset = PascalVOCDataset(settings.data_folder, split, keep_difficult=True, augment=False, size=model.size)
     loader = evaluation_loader(dataset, settings.batch_size, settings.workers, model.priors_cxcy.device)
     mean = evaluate(loader, model).results["mAP_11_point"]
     path = os.path.join(settings.output_folder, "detected.png")
     write_image(tile(example_pictures(dataset, model, PICTURE_LIMITS), columns=1, side=800), path)
     print(f"mAP {mean:.4f} on the {len(dataset)} images of the {dataset.split} split")
     print(f"look at {path}: the objects on the left, what the network detects on the right")
-
-
-def say_what_is_next(settings, complete):
-    """Print where the results are and the commands that continue from a run."""
-    checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
-    checkpoint = checkpoint if os.path.exists(checkpoint) else settings.resume  # resumed into another folder
-    if not complete:
-        print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
-        return
-    curves = os.path.join(settings.output_folder, "curves.png")
-    print(f"trained: {checkpoint}" + (f"; curves: {curves}" if os.path.exists(curves) else ""))
-    split = sample_split(settings) if settings.sample else "TEST"
-    if has_split(settings.data_folder, split):
-        print("next:")
-        print(shlex.join(["python", "eval.py", "--checkpoint", checkpoint, "--split", split]))
-        image = PascalVOCDataset(settings.data_folder, split).images[0]
-        image = min(image, os.path.relpath(image), key=len)
-        options = ["--output", "detected.png", "--min-score", "0.5"]
-        print(shlex.join(["python", "detect.py", image, "--checkpoint", checkpoint, *options]))
 
 
 if __name__ == "__main__":

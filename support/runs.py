@@ -13,11 +13,12 @@ from contextlib import suppress
 from support.checkpoints import read_checkpoint, read_origin
 from support.devices import rank
 from support.files import InputError, remove_half_written
+from support.runlog import has_validation
 
 DATA_FOLDER = "data/voc"  # if neither the command line nor a checkpoint names one
 RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl", "curves.png", "detected.png")  # in the output folder
 # Settings that a resumed run cannot change.
-FIXED = ("batch_size", "seed", "no_pretrained", "base", "init_from", "no_difficult")
+FIXED = ("batch_size", "seed", "size", "priors", "no_pretrained", "base", "init_from", "no_difficult")
 MAX_NAMES = 8  # of classes to print
 
 
@@ -138,6 +139,21 @@ def take_in_validations(progress, records):
             progress["best_map"] = max(progress["best_map"], record.get("mAP_11_point", -1.0))
 
 
+def is_due(iteration, every, last):
+    """Tell whether a periodic action is due after an update: after each `every` updates (0: never), and at the end."""
+    return every > 0 and iteration > 0 and (iteration % every == 0 or iteration == last)
+
+
+def validation_is_missing(settings, iteration):
+    """Tell whether a resumed run must first validate: a checkpoint is saved before the validation of its iteration.
+
+    The validation is repeated even if it was made. Only a finished run that has logged it does not repeat it.
+    """
+    if not is_due(iteration, settings.validate_every, settings.iterations):
+        return False
+    return iteration < settings.iterations or not has_validation(settings.output_folder, iteration)
+
+
 def announce(description, dataset, held_out):
     """Print what is trained on what.
 
@@ -147,7 +163,8 @@ def announce(description, dataset, held_out):
     settings = description["settings"]
     names = [name for name in description["classes"] if name != "background"]
     shown = ", ".join(names[:MAX_NAMES]) + (" …" if len(names) > MAX_NAMES else "")
-    print(f"SSD300 of {len(names)} classes ({shown}), {description['precision']} on {description['hardware']}")
+    device = f"{description['precision']} on {description['hardware']}"
+    print(f"SSD{settings['size']} of {len(names)} classes ({shown}), {device}")
     epochs = settings["iterations"] * settings["batch_size"] / len(dataset)
     print(f"{len(dataset)} images of {settings['data_folder']}, {settings['iterations']} iterations of "
           f"{settings['batch_size']} images: {epochs:.1f} epochs")  # fmt: skip
@@ -162,3 +179,24 @@ def announce(description, dataset, held_out):
         print("best.pth is chosen on the test images, so its score on them will be optimistic; to avoid that, make a "
               "VAL split with create_data_lists.py --validation")  # fmt: skip
     print(f"output: {settings['output_folder']}; all settings are in its log.jsonl", flush=True)
+
+
+def say_what_is_next(settings, complete, split, example):
+    """Print where the results of a run are and the commands that continue from it.
+
+    :param complete: whether the run has made all its iterations
+    :param split: to score
+    :param example: path of an image of that split, or None if the split does not exist
+    """
+    checkpoint = os.path.join(settings.output_folder, "checkpoint.pth")
+    checkpoint = checkpoint if os.path.exists(checkpoint) else settings.resume  # resumed into another folder
+    if not complete:
+        print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
+        return
+    curves = os.path.join(settings.output_folder, "curves.png")
+    print(f"trained: {checkpoint}" + (f"; curves: {curves}" if os.path.exists(curves) else ""))
+    if example:
+        print("next:")
+        print(shlex.join(["python", "eval.py", "--checkpoint", checkpoint, "--split", split]))
+        options = ["--checkpoint", checkpoint, "--output", "detected.png", "--min-score", "0.5"]
+        print(shlex.join(["python", "detect.py", min(example, os.path.relpath(example), key=len), *options]))
