@@ -1,4 +1,4 @@
-"""Score a trained SSD300 by mean average precision, as the Pascal VOC development kit does.
+"""Score a trained network by mean average precision, as the Pascal VOC development kit does.
 
 python eval.py
 python eval.py --checkpoint runs/mine/best.pth --split val --results results.json --report report
@@ -316,7 +316,7 @@ def adopt_classes(model, label_map, settings):
         model.register_forward_hook(lambda _, __, predictions: (predictions[0], keep_classes(predictions[1], classes)))
         if rank() == 0:
             n_others = model.n_classes - 1 - len(classes)
-            print(f"classes matched by name; {n_others} of the model that the data does not have are left out")
+            print(f"classes matched by name; number left out, because the data does not have them: {n_others}")
     model.label_map = label_map
 
 

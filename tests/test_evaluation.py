@@ -634,7 +634,7 @@ def test_classes_are_matched_by_name_and_the_others_count_as_background(data, ow
     monkeypatch.setattr(model, "forward", lambda images: (locs, scores))
     sources = SimpleNamespace(checkpoint="x.pth", data_folder="d")
     eval_script.adopt_classes(model, data, sources)
-    assert f"; {4 - len(own_labels)} of the model that the data does not have are left out" in capsys.readouterr().out
+    assert f"because the data does not have them: {4 - len(own_labels)}\n" in capsys.readouterr().out
     assert model.label_map == data
     images = torch.zeros(1, 3, 300, 300)
     boxes, labels, probabilities = model.detect_objects(*model(images), 0.5, 0.45, 150)
