@@ -312,10 +312,10 @@ def adopt_classes(model, label_map, settings):
             f"{settings.checkpoint}: its classes ({', '.join(model.label_map)}) lack {names[classes.index(None)]} of "
             f"{settings.data_folder}; give the --data-folder that it was trained on"
         )
-    if classes != list(range(1, model.n_classes)):
+    if classes != list(range(1, len(model.label_map))):
         model.register_forward_hook(lambda _, __, predictions: (predictions[0], keep_classes(predictions[1], classes)))
         if rank() == 0:
-            n_others = model.n_classes - 1 - len(classes)
+            n_others = len(model.label_map) - len(label_map)
             print(f"classes matched by name; number left out, because the data does not have them: {n_others}")
     model.label_map = label_map
 

@@ -667,7 +667,7 @@ def test_the_size_of_the_images_is_the_networks(flags, antialias, tiny, monkeypa
         seen.append((dataset[0][0].shape, dataset.antialias))
         raise InputError("that is enough")
 
-    network = SimpleNamespace(size=512, n_classes=6, to=lambda **_: None)
+    network = SimpleNamespace(size=512, to=lambda **_: None)
     network.label_map = PascalVOCDataset(tiny / "data", "TEST").label_map
     monkeypatch.setattr(eval_script, "load_model", lambda *_: network)
     monkeypatch.setattr(eval_script, "evaluation_loader", record)
