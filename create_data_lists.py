@@ -86,7 +86,8 @@ def parse_arguments(arguments=None):
         raise InputError(f"--seed {settings.seed}: must be 0 or more")
     if settings.preview is not None and not 1 <= settings.preview <= 200:
         raise InputError(f"--preview {settings.preview}: must be 1 to 200")
-    settings.training_options = ["--size", str(settings.size)] if settings.size != 300 else []
+    settings.training_options = [] if settings.download or settings.voc07 else ["--epochs", "200"]  # as on VOC
+    settings.training_options += ["--size", str(settings.size)] if settings.size != 300 else []
     settings.training_options += ["--priors", settings.priors] if settings.priors else []
     settings.priors = settings.priors or ("paper" if settings.size == 300 else "caffe")
     settings.family = find_priors(settings.priors, PRIOR_FAMILIES[settings.size])

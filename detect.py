@@ -252,6 +252,8 @@ def parse_arguments(arguments=None):
         raise InputError("give images or folders of images, or --export FILE.onnx alone")
 
     is_one_file = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
+    if is_one_file and not os.path.exists(settings.images[0]):
+        raise InputError(f"{settings.images[0]}: no such file or folder; give images or folders of images")
     images = [image for path in settings.images for image in list_images(path)]
     settings.images = list(dict.fromkeys(images))  # each once
     if is_one_file and not settings.output_folder:

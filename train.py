@@ -69,13 +69,11 @@ from utils import calculate_mAP
 
 # Defaults that --sample changes. A CPU learns a few pictures by heart within minutes, a GPU learns the whole set.
 SAMPLE_ON_CPU = {
-    "data_folder": "data/sample_by_heart", "output_folder": "runs/sample", "no_pretrained": True,
-    "no_augmentation": True, "batch_size": 2, "iterations": 75, "lr": 2e-3, "grad_clip": 5.0, "log_every": 5,
-    "validate_every": 15, "workers": 1,
+    "data_folder": "data/sample_by_heart", "no_pretrained": True, "no_augmentation": True, "batch_size": 2,
+    "iterations": 75, "lr": 2e-3, "grad_clip": 5.0, "log_every": 5, "validate_every": 15, "workers": 1,
 }  # fmt: skip
 SAMPLE_ON_GPU = {
-    "data_folder": "data/sample", "output_folder": "runs/sample", "no_pretrained": True, "iterations": 4000,
-    "grad_clip": 5.0, "workers": 8,
+    "data_folder": "data/sample", "no_pretrained": True, "iterations": 4000, "grad_clip": 5.0, "workers": 8,
 }  # fmt: skip
 LEARNING_RATE = 1e-3  # for batches of 32; those of up to SMALL_BATCH images, about a third of that, get a warning
 SMALL_BATCH = 12
@@ -287,7 +285,7 @@ def start_or_resume(settings, dataset, held_out, device, precision):
         done, only_exports = checkpoint["iteration"], settings.weights_only and not settings.dry_run
         if done >= settings.iterations and not (only_exports or runs.validation_is_missing(settings, done)):
             raise InputError(
-                f"{settings.resume}: has finished its {done} iterations; to go on, raise --iterations and --decay-at"
+                f"{settings.resume}: has made {done} iterations already; to go on, raise --iterations and --decay-at"
             )
         names = ["iteration", "pending"]
         if checkpoint.get("validated_on", "TEST") == split:  # else its scores are of other images
@@ -523,8 +521,9 @@ def prepare_output(settings, dataset, held_out, model, precision, progress, vali
         runs.announce(description, dataset, held_out)
         if settings.batch_size <= SMALL_BATCH and settings.lr == LEARNING_RATE and not settings.resume:
             rate = LEARNING_RATE * settings.batch_size / 32
+            parts = 32 // settings.batch_size
             runlog.warn(f"--lr {LEARNING_RATE} is made for batches of 32; give --lr {rate:.1g} for batches of "
-                        f"{settings.batch_size}, or --batch-size 32 with --accumulate")  # fmt: skip
+                        f"{settings.batch_size}, or --batch-size 32 --accumulate {parts}")  # fmt: skip
     keep = None
     if settings.resume:
         keep = partial(runs.is_still_true, progress["iteration"], settings.log_every, validates_first)

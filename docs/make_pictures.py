@@ -1,11 +1,11 @@
 """Make the pictures of the documents from the synthetic sample set; the same versions of packages give the same pixels.
 
 python docs/make_pictures.py
-python docs/make_pictures.py runs/sample
+python docs/make_pictures.py runs/sample_by_heart
 
 It needs matplotlib (pip install matplotlib) and writes to docs/pictures. Given the output folder of a sample run, it
 also takes over detected.png and curves.png. evaluation.png shows the upper part of that run's page in a browser, made
-by python eval.py --checkpoint runs/sample/checkpoint.pth --split TRAIN --report report
+by python eval.py --checkpoint runs/sample_by_heart/checkpoint.pth --split TRAIN --report report
 """
 
 import io

@@ -6,6 +6,7 @@ description = read_weights("ssd300_mAP_77.43_v2.pth", parameter_names)  # what a
 Nothing here builds a network: `model.load_model` does that from a description. No code in a file is ever run.
 """
 
+import os
 import pickle
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -384,6 +385,8 @@ def _read(path, expected=KNOWN_SYSTEMS):
                     __name__="pickle", Unpickler=_AllowListUnpickler, load=_AllowListUnpickler.load_file
                 )  # fmt: skip
                 return torch.load(path, map_location="cpu", weights_only=False, pickle_module=unpickler)
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder; give {os.path.join(path, 'checkpoint.pth')}") from error
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; give the path of a checkpoint") from error
     except Exception as error:  # torch.load raises a dozen types on truncated, foreign and hostile files

@@ -118,8 +118,12 @@ def read_data_lists(data_folder, split):
         )
     label_file = os.path.join(data_folder, "label_map.json")
     image_file, object_file = _list_files(data_folder, split)
-    remedy = f"run create_data_lists.py {'with --validation ' if split == 'VAL' else ''}to make it"
-    label_map, images, objects = (read_json(path, remedy) for path in (label_file, image_file, object_file))
+    if not has_split(data_folder, split):
+        remedy = "with --validation, then train without its images" if split == "VAL" else "again"
+        raise InputError(
+            f"{data_folder}: has no {split} split, {image_file} is missing; run create_data_lists.py {remedy}"
+        )
+    label_map, images, objects = (read_json(path) for path in (label_file, image_file, object_file))
     check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
         raise InputError(f"{image_file}: expected a list of one or more image paths; run create_data_lists.py again")

@@ -197,7 +197,7 @@ def draw_curves(figures, records):
     losses.plot(*_points(validations, "loss"), "o-", markersize=4, label="sum, validation")
     losses.set(ylabel="loss")
     losses.legend()
-    rates.plot(*_points(training, "lr"))
+    rates.plot(*_points(training, "lr"), drawstyle="steps-pre")
     rates.set(ylabel="learning rate")
     for axes in (losses, rates):
         if any((line.get_ydata() > 0).any() for line in axes.lines):  # matplotlib warns of a log scale of zeros alone

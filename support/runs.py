@@ -13,13 +13,14 @@ from contextlib import suppress
 from support.checkpoints import read_checkpoint, read_origin
 from support.devices import rank
 from support.files import InputError, remove_half_written
-from support.runlog import has_validation
+from support.runlog import has_validation, warn
 
 DATA_FOLDER = "data/voc"  # if neither the command line nor a checkpoint names one
 RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl", "curves.png", "detected.png")  # in the output folder
 # Settings that a resumed run cannot change.
 FIXED = ("batch_size", "seed", "size", "priors", "no_pretrained", "base", "init_from", "no_difficult")
 MAX_NAMES = 8  # of classes to print
+MANY_EPOCHS = 1000  # the published schedule makes 232 on VOC
 
 
 def run_folder(data_folder):
@@ -38,7 +39,7 @@ def choose_sources(checkpoint, data_folder):
     if data_folder and not os.path.isdir(data_folder):
         raise InputError(f"{data_folder}: no such folder; give a --data-folder that create_data_lists.py made")
     checkpoint = checkpoint or os.path.join(run_folder(data_folder or DATA_FOLDER), "checkpoint.pth")
-    if checkpoint != "coco" and not os.path.isfile(checkpoint):
+    if checkpoint != "coco" and not os.path.exists(checkpoint):
         train = shlex.join(["python", "train.py", "--data-folder", data_folder or DATA_FOLDER])
         raise InputError(
             f"{checkpoint}: no such file; train first ({train}), "
@@ -171,13 +172,15 @@ def announce(description, dataset, held_out):
     if settings["sample"] and settings["no_augmentation"]:
         print("these few images are only learnt by heart, which shows without a GPU that everything works")
     elif held_out is None:
-        print("no validation")
+        print("no validation; --validate-every N turns it on")
     else:
         print(f"validation every {settings['validate_every']} iterations and at the end, on the {len(held_out)} images "
               f"of the {held_out.split} split")  # fmt: skip
     if held_out and held_out.split == "TEST":
         print("best.pth is chosen on the test images, so its score on them will be optimistic; to avoid that, make a "
               "VAL split with create_data_lists.py --validation")  # fmt: skip
+    if epochs > MANY_EPOCHS:
+        warn(f"{epochs:.0f} epochs; a shorter training, such as --epochs 200, may be enough")
     print(f"output: {settings['output_folder']}; all settings are in its log.jsonl", flush=True)
 
 
@@ -194,9 +197,10 @@ def say_what_is_next(settings, complete, split, example):
         print(f"interrupted and saved; continue with: {shlex.join(['python', 'train.py', '--resume', checkpoint])}")
         return
     curves = os.path.join(settings.output_folder, "curves.png")
-    print(f"trained: {checkpoint}" + (f"; curves: {curves}" if os.path.exists(curves) else ""))
+    print(f"trained: {checkpoint}; curves: {curves if os.path.exists(curves) else 'none, pip install matplotlib'}")
     if example:
         print("next:")
         print(shlex.join(["python", "eval.py", "--checkpoint", checkpoint, "--split", split]))
-        options = ["--checkpoint", checkpoint, "--output", "detected.png", "--min-score", "0.5"]
+        output = os.path.join(settings.output_folder, "example.png")
+        options = ["--checkpoint", checkpoint, "--output", output, "--min-score", "0.5"]
         print(shlex.join(["python", "detect.py", min(example, os.path.relpath(example), key=len), *options]))

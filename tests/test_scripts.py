@@ -74,7 +74,7 @@ def test_a_finished_run_is_not_overwritten_but_can_be_continued_or_exported(trai
     checkpoint = trained[0] / "checkpoint.pth"
     common = ("--data-folder", sample, "--output-folder", trained[0], *QUICK, "--seed", 7)
     assert "checkpoint.pth exists: continue from it" in run("train.py", *common, "--iterations", 2, status=2)
-    assert "has finished its 3 iterations" in run("train.py", "--resume", checkpoint, "--iterations", 3, status=2)
+    assert "has made 3 iterations already" in run("train.py", "--resume", checkpoint, "--iterations", 3, status=2)
     arguments = ("--resume", checkpoint, "--output-folder", tmp_path / "run", "--weights-only", tmp_path / "small.pth")
     run("train.py", *arguments)
     whole, small = read_checkpoint(checkpoint), torch.load(tmp_path / "small.pth", weights_only=True)
@@ -127,9 +127,9 @@ def test_a_sample_run_creates_its_data_and_shows_what_it_has_learnt(trained, tmp
     printed = run("train.py", *arguments, cwd=tmp_path)
     assert "2 images of data/sample_by_heart" in printed
     assert "on the 2 images of the TRAIN split" in printed
-    checkpoint = "runs/sample/checkpoint.pth"
+    checkpoint = "runs/sample_by_heart/checkpoint.pth"
     assert read_checkpoint(tmp_path / checkpoint)["iteration"] == 1
-    with Image.open(tmp_path / "runs" / "sample" / "detected.png") as picture:
+    with Image.open(tmp_path / "runs" / "sample_by_heart" / "detected.png") as picture:
         assert min(picture.size) > 300
     assert f"python eval.py --checkpoint {checkpoint} --split TRAIN" in printed
     detection = f"python detect.py data/sample_by_heart/VOCsample/JPEGImages/000000.jpg --checkpoint {checkpoint}"
@@ -281,7 +281,7 @@ def test_a_resumed_run_keeps_its_schedule_unless_told_otherwise(trained):
 def test_resuming_behind_the_original_command_line_works_and_names_what_cannot_change(trained, sample, tmp_path, run):
     checkpoint = trained[0] / "checkpoint.pth"
     original = ("--data-folder", sample, *QUICK, "--seed", 7, "--resume", checkpoint, "--output-folder", tmp_path)
-    assert "has finished its 3 iterations" in run("train.py", *original, "--iterations", 3, status=2)
+    assert "has made 3 iterations already" in run("train.py", *original, "--iterations", 3, status=2)
     for change, message in (
         (("--seed", 8), "started with --seed 7, which cannot change; leave --seed out"),
         (("--batch-size", 1), "started with --batch-size 2, which cannot change"),
@@ -296,7 +296,8 @@ def test_resuming_behind_the_original_command_line_works_and_names_what_cannot_c
 def test_a_small_batch_with_the_default_learning_rate_gets_a_word_of_warning(sample, tmp_path):
     arguments = ("--data-folder", sample, *QUICK, "--iterations", 1, "--output-folder")
     _, warned = Script("train.py", *arguments, tmp_path / "a").finish()
-    assert "warning: --lr 0.001 is made for batches of 32; give --lr 6e-05 for batches of 2" in warned
+    assert "warning: --lr 0.001 is made for batches of 32; give --lr 6e-05 for batches of 2, or " in warned
+    assert "--batch-size 32 --accumulate 16" in warned
     _, warned = Script("train.py", *arguments, tmp_path / "b", "--lr", 1e-4).finish()
     assert "warning" not in warned
 

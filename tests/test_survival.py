@@ -257,7 +257,7 @@ def test_a_resumed_run_starts_with_the_validation_of_its_checkpoint(run, tmp_pat
     assert not train.validation_is_missing(run.settings, 4)
     run.progress["iteration"] = 4
     run.save()
-    with pytest.raises(InputError, match="has finished its 4 iterations"):
+    with pytest.raises(InputError, match="has made 4 iterations already"):
         resume(tmp_path, "--validate-every", 2)
     resume(tmp_path, "--validate-every", 2, "--iterations", 5)
 
