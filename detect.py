@@ -41,7 +41,7 @@ from support.images import (
     upright_rgb,
     write_image,
 )
-from support.labels import label_color_map, label_names
+from support.labels import find_label, label_color_map, label_names
 from utils import cxcy_to_xy, transform
 
 BATCH_SIZE = 8  # images
@@ -127,13 +127,13 @@ def _predict(images, model, suppress):
     :return: the names are a list, background first
     :raises InputError: if the model does not know a suppressed class
     """
-    suppress = suppress or ()
     known = [name for label, name in sorted(label_names(model.label_map).items()) if label != 0]
-    unknown = [name for name in suppress if name not in known]
+    suppressed = {name: find_label(name, model.label_map) for name in suppress or ()}
+    unknown = [name for name, label in suppressed.items() if not label]  # not known, or background
     if unknown:
         raise InputError(f"cannot suppress {', '.join(unknown)}: the model knows {', '.join(known)}")
     locs, scores = model(images.to(model.priors_cxcy.device))
-    kept = [name for name in known if name not in suppress]
+    kept = [name for name in known if model.label_map[name] not in suppressed.values()]
     if len(kept) < len(known):
         scores = keep_classes(scores, [model.label_map[name] for name in kept])
     return locs, scores, ["background", *kept]
@@ -252,8 +252,6 @@ def parse_arguments(arguments=None):
         raise InputError("give images or folders of images, or --export FILE.onnx alone")
 
     is_one_file = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
-    if is_one_file and not os.path.exists(settings.images[0]):
-        raise InputError(f"{settings.images[0]}: no such file or folder; give images or folders of images")
     images = [image for path in settings.images for image in list_images(path)]
     settings.images = list(dict.fromkeys(images))  # each once
     if is_one_file and not settings.output_folder:
@@ -261,6 +259,8 @@ def parse_arguments(arguments=None):
         default = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
         settings.output = settings.output or default
         if os.path.splitext(settings.output)[1].lower() not in WRITABLE_FORMATS:
+            if not os.path.splitext(settings.images[0])[1] and not os.path.exists(settings.images[0]):
+                raise InputError(f"{settings.images[0]}: no such file or folder; give images, or folders of them")
             raise InputError(f"{settings.output}: give an --output that ends in {', '.join(WRITABLE_FORMATS)}")
     elif settings.output:
         raise InputError("--output is for one image, and --output-folder for several; give one of them")
@@ -295,7 +295,7 @@ def _make_parser():
     add("--max-overlap", type=float, default=DETECTION_LIMITS.max_overlap,
         help="suppress detections that overlap a better one of their class by more [%(default)s]")  # fmt: skip
     add("--top-k", type=int, default=DETECTION_LIMITS.top_k, help="most detections per image [%(default)s]")
-    add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out")
+    add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out, by COCO's or VOC's names")
     add("--explain", action="store_true",
         help="for one image, draw what each feature map detects, and from which priors, instead")  # fmt: skip
     add("--export", metavar="FILE.onnx", help="write the network as ONNX instead (needs onnx and onnxscript)")

@@ -102,9 +102,9 @@ def parse_arguments(arguments=None):
 
     if settings.batch_size < 1 or settings.workers < 0 or settings.bootstrap < 0:
         raise InputError("--batch-size must be 1 or more, --workers and --bootstrap 0 or more")
-    given = {name: value for name in Limits._fields if (value := getattr(settings, name)) is not None}
-    settings.limits = PROTOCOLS[settings.protocol][0]._replace(**given)
-    if not (0 <= settings.limits.min_score <= 1 and 0 <= settings.limits.max_overlap <= 1 <= settings.limits.top_k):
+    given = {name: getattr(settings, name) for name in Limits._fields if getattr(settings, name) is not None}
+    settings.limits = limits = PROTOCOLS[settings.protocol][0]._replace(**given)
+    if not (0 <= limits.min_score <= 1 and 0 <= limits.max_overlap <= 1 and limits.top_k >= 1):
         raise InputError("--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more")
     if settings.against and not os.path.isfile(settings.against):
         raise InputError(f"{settings.against}: no such file; give one that eval.py --results wrote")
@@ -314,9 +314,9 @@ def adopt_classes(model, label_map, settings):
         )
     if classes != list(range(1, len(model.label_map))):
         model.register_forward_hook(lambda _, __, predictions: (predictions[0], keep_classes(predictions[1], classes)))
-        if rank() == 0:
-            n_others = len(model.label_map) - len(label_map)
-            print(f"classes matched by name; number left out, because the data does not have them: {n_others}")
+        n_others = len(model.label_map) - len(label_map)
+        if n_others and rank() == 0:
+            print(f"{n_others} classes of the network are not in the data; their probability counts as background")
     model.label_map = label_map
 
 

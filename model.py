@@ -315,11 +315,13 @@ class SSD300(nn.Module):
         :return: lists of length N: boxes (d, 4), fractional xy; labels (d,); scores (d,); best first, d may be 0
         """
         boxes = self.decode(predicted_locs)
-        probabilities = predicted_scores.float().softmax(dim=2)[:, :, 1:]
-        probabilities = torch.where(boxes.isfinite().all(dim=2, keepdim=True), probabilities, 0)  # drop invalid boxes
+        is_valid = boxes.isfinite().all(dim=2, keepdim=True)  # a network that diverged detects nothing
+        probabilities = torch.where(is_valid, predicted_scores.float().softmax(dim=2)[:, :, 1:], 0).nan_to_num(0)
         if class_candidates is not None:
-            order = probabilities.nan_to_num(0).argsort(dim=1, descending=True, stable=True)
-            probabilities = probabilities.scatter(1, order[:, class_candidates:], 0)
+            lowest = probabilities.topk(min(class_candidates, boxes.size(1)), dim=1).values[:, -1:]
+            is_above, is_tied = probabilities > lowest, probabilities == lowest
+            n_tied = class_candidates - is_above.sum(dim=1, keepdim=True)  # of which the first are candidates
+            probabilities = torch.where(is_above | (is_tied & (is_tied.cumsum(dim=1) <= n_tied)), probabilities, 0)
         detections = [
             _non_maximum_suppression(image_boxes, image_scores, min_score, max_overlap, top_k)
             for image_boxes, image_scores in zip(boxes, probabilities, strict=True)
@@ -349,7 +351,7 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
     :param scores: (p, n_classes - 1), probabilities
     :return: boxes (d, 4), labels (d,), scores (d,), best first
     """
-    flat = scores.flatten().nan_to_num(0)  # a network that diverged detects nothing
+    flat = scores.flatten()
     n_candidates = int((flat > min_score).sum())
     if n_candidates == 0 or top_k < 1:
         return boxes.new_zeros(0, 4), torch.zeros(0, dtype=torch.long, device=boxes.device), flat.new_zeros(0)
@@ -382,8 +384,10 @@ def create_prior_boxes(priors="paper", size=300):
     if family is None:
         raise ValueError(f"priors of SSD{size} must be one of {', '.join(PRIOR_FAMILIES[size])}, not {priors!r}")
     n_maps = len(FEATURE_MAPS[size])
-    if (len(family.scales), len(family.steps), len(family.aspect_ratios)) != (n_maps + 1, n_maps, 4):
-        raise ValueError(f"priors of SSD{size} need {n_maps + 1} scales, {n_maps} steps and 4 aspect ratios")
+    is_positive = all(0 < number < math.inf for numbers in family[:3] for number in numbers)  # False for NaN, too
+    lengths = len(family.scales), len(family.steps), len(set(family.aspect_ratios))
+    if lengths != (n_maps + 1, n_maps, 4) or not is_positive:
+        raise ValueError(f"priors of SSD{size}: {n_maps + 1} scales, {n_maps} steps and 4 aspect ratios, all above 0")
     squarest = sorted(family.aspect_ratios, key=lambda ratio: abs(math.log(ratio)))[:2]
     boxes = []
     for index, (cells, _, n_priors) in enumerate(FEATURE_MAPS[size].values()):
@@ -433,16 +437,12 @@ def build_model(description, source):
     label_map, priors, size = description["label_map"], description["priors"], description.get("size", 300)
     try:
         priors = Priors(**priors) if isinstance(priors, dict) else priors
-        create_prior_boxes(priors, size)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{source}: damaged checkpoint, unknown priors {str(priors):.99}; use another one") from error
-    try:
         model = NETWORKS[size](len(label_map), False, priors, description["pixel_mean"])
         model.load_state_dict(description["model"])
-    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise InputError(
-            f"{source}: its weights do not fit an SSD{size} of {len(label_map)} classes, background included; "
-            f"expected {KNOWN_SYSTEMS}"
+            f"{source}: its weights or priors ({str(priors):.60}) do not fit an SSD{size} of {len(label_map)} classes, "
+            f"background included; expected {KNOWN_SYSTEMS}"
         ) from error
     model.label_map = label_map
     return model

@@ -31,6 +31,7 @@ from model import (
     PRIOR_FAMILIES,
     MultiBoxLoss,
     build_model,
+    create_prior_boxes,
     load_model,
     transfer,
 )
@@ -227,6 +228,12 @@ def validation_set(settings):
     return PascalVOCDataset(settings.data_folder, split, keep_difficult=True, size=settings.size)
 
 
+def chosen_priors(settings):
+    """Return the priors that the settings ask for: the name of a family, or the contents of a file."""
+    default = "caffe" if settings.base or settings.size == 512 else "paper"
+    return find_priors(settings.priors or default, PRIOR_FAMILIES[settings.size])
+
+
 def start_model(settings, label_map):
     """Return the network that a new run starts from."""
     if settings.init_from:
@@ -238,9 +245,8 @@ def start_model(settings, label_map):
         print(f"{settings.init_from}: took all layers and the class filters of {', '.join(shared)}")
         print(f"freshly initialised: the class filters of {', '.join(fresh) or 'none'}")
         return model
-    default = "caffe" if settings.base or settings.size == 512 else "paper"
-    priors = find_priors(settings.priors or default, PRIOR_FAMILIES[settings.size])
-    model = NETWORKS[settings.size](len(label_map), not (settings.no_pretrained or settings.base), priors)
+    is_pretrained = not (settings.no_pretrained or settings.base)
+    model = NETWORKS[settings.size](len(label_map), is_pretrained, chosen_priors(settings))
     model.label_map = label_map
     if settings.base:
         model.base.load_state_dict(read_base(settings.base, model.base.state_dict()))
@@ -292,6 +298,9 @@ def start_or_resume(settings, dataset, held_out, device, precision):
             names += ["best_loss", "best_map"]
         progress |= {name: checkpoint[name] for name in names if name in checkpoint}
         model = build_model(checkpoint, settings.resume)
+        has_file = settings.priors and os.path.isfile(settings.priors)  # the checkpoint holds its contents
+        if has_file and not torch.equal(create_prior_boxes(chosen_priors(settings), model.size), model.priors_cxcy):
+            raise InputError(f"{settings.priors}: not the priors of {settings.resume}, which cannot change")
     else:
         model = start_model(settings, dataset.label_map)
     model.to(device).train()
@@ -601,9 +610,9 @@ def main():
         save_weights(settings.weights_only, model)
     if complete and settings.sample:
         show_sample(settings, model)
-    split = sample_split(settings) if settings.sample else "TEST"
-    has_example = has_split(settings.data_folder, split)
-    example = PascalVOCDataset(settings.data_folder, split).images[0] if has_example else None
+    split, example = sample_split(settings) if settings.sample else "TEST", None
+    if complete and has_split(settings.data_folder, split):
+        example = PascalVOCDataset(settings.data_folder, split).images[0]
     runs.say_what_is_next(settings, complete, split, example)
 
 

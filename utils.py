@@ -239,10 +239,11 @@ def _visible_part(window, image_size, size=IMAGE_SIZE):
         each side has at least one pixel; a size of 0 if the window shows nothing of the image
     """
     low, high = np.maximum(window[:2], 0), np.minimum(window[2:], image_size)
+    is_visible = (low < high).all()
     scale = size / (window[2:] - window[:2])
     out_low = np.minimum(np.rint((low - window[:2]) * scale), size - 1).astype(int)
     out_high = np.rint((high - window[:2]) * scale).astype(int)
-    return low, high, out_low, np.maximum(out_high - out_low, 1) * (low < high).all()
+    return low, high, out_low, np.maximum(out_high - out_low, 1) if is_visible else np.zeros(2, int)
 
 
 def _decode(image, low, high, reduction):

@@ -206,7 +206,10 @@ def _describe(contents, parameter_names, label_map, source):
     name, size, weights = _identify(contents, parameter_names, source)
     system, families = _SYSTEMS[name], _SYSTEMS[name]["priors"][size]
     try:
-        n_classes = len(weights["pred_convs.cl_conv4_3.bias"]) // 4
+        (n_filters,) = weights["pred_convs.cl_conv4_3.bias"].shape
+        n_classes, remainder = divmod(n_filters, 4)
+        if remainder:
+            raise ValueError("not 4 priors per cell")
         if "scale" in system:
             weights["rescale_factors"] = weights["rescale_factors"][None, :, None, None]
         if n_classes == len(_CATEGORIES) and n_classes in families:

@@ -24,6 +24,9 @@ from support.labels import label_names
 # ---------------------------------------------------------------------------------------------------------
 
 
+NO_LIMIT = 10**6  # detections per image: as many as there are
+
+
 def image_names(paths):
     """Return a unique name for each image: the file's name without folder and suffix, as in VOC, if these are unique.
 
@@ -266,7 +269,8 @@ def print_results(results, curves):
         print(f"    {area:.4f} by the area under the curve, the rule since VOC2010; do not compare it with the first")
     if "note" in results:
         print(results["note"])
-    print(f"at most {results['top_k']} detections per image, scores above {results['min_score']:g}, suppressed at "
+    most = f"at most {results['top_k']}" if results["top_k"] < NO_LIMIT else "any number of"
+    print(f"{most} detections per image, scores above {results['min_score']:g}, suppressed at "
           f"overlaps above {results['max_overlap']:g}\n")  # fmt: skip
 
     print(format_table(class_rows(results, curves)))

@@ -734,7 +734,9 @@ def test_the_next_command_trains_with_the_size_and_the_priors_that_were_measured
     arguments = ("--train", divided, "--test", divided, "--labels", "auto", "--output-folder", tmp_path / "out")
     monkeypatch.setattr("sys.argv", ["create_data_lists.py", *map(str, arguments), *options])
     script.main()
-    assert capsys.readouterr().out.endswith(f"next: python train.py --data-folder {tmp_path / 'out'}{command}\n")
+    assert capsys.readouterr().out.endswith(
+        f"next: python train.py --data-folder {tmp_path / 'out'} --epochs 200{command}\n"
+    )
 
 
 def test_the_preview_is_made_with_the_size_and_the_priors_of_the_command_line(sample, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_there_are_8732_priors_and_one_cell_of_each_map_matches_a_hand_computati
 def test_priors_move_with_the_model_but_are_not_in_the_state_dict(model):
     assert "priors_cxcy" not in model.state_dict()
     assert SSD300(2, pretrained=False).to(torch.float64).priors_cxcy.dtype == torch.float64
-    with pytest.raises(ValueError, match="priors must be one of paper, caffe, coco"):
+    with pytest.raises(ValueError, match="must be one of paper, caffe, coco, coco-clipped, not 'yolo'"):
         SSD300(2, pretrained=False, priors="yolo")
 
 

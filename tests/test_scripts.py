@@ -14,7 +14,7 @@ import eval as eval_script
 import train
 from datasets import PascalVOCDataset
 from detect import annotate, detect, find_objects
-from support.checkpoints import read_checkpoint
+from support.checkpoints import read_checkpoint, save_weights
 from support.files import InputError
 from support.labels import label_color_map, label_map, make_label_map
 from support.sample import SAMPLE_LABELS
@@ -291,6 +291,40 @@ def test_resuming_behind_the_original_command_line_works_and_names_what_cannot_c
     message = run("train.py", "--resume", checkpoint, "--init-from", checkpoint, status=2)
     assert "started without --init-from, which cannot change" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_size_and_priors_of_a_new_network_follow_the_settings(tmp_path, monkeypatch):
+    classes = make_label_map(["cat"])
+    monkeypatch.setattr(train, "read_base", lambda path, parameters: parameters)
+
+    def start(*arguments):
+        return train.start_model(train.parse_settings([*map(str, arguments)]), classes)
+
+    for arguments, expected in (
+        (("--no-pretrained",), (300, "paper")),
+        (("--no-pretrained", "--priors", "coco"), (300, "coco")),
+        (("--base", "x"), (300, "caffe")),
+        (("--base", "x", "--priors", "paper"), (300, "paper")),
+        (("--no-pretrained", "--size", 512), (512, "caffe")),
+        (("--no-pretrained", "--size", 512, "--priors", "coco"), (512, "coco")),
+    ):
+        model = start(*arguments)
+        assert (model.size, model.priors) == expected
+    path = tmp_path / "weights.pth"
+    save_weights(path, model)
+    assert start("--init-from", path, "--size", 512).priors == "coco"
+    for arguments, message in (
+        (("--init-from", path), f"{path}: is a network of size 512; give --size 512"),
+        (("--init-from", path, "--size", 512, "--priors", "caffe"), "leave --priors out"),
+        (("--no-pretrained", "--size", 512, "--priors", "paper"), "--priors paper: neither a family of priors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start(*arguments)
+
+
+def test_a_network_for_512_pixels_trains(sample, run):
+    arguments = ("--data-folder", sample, *QUICK, "--size", 512, "--batch-size", 1, "--iterations", 2, "--dry-run")
+    assert run("train.py", *arguments).count("step in ") == 2
 
 
 def test_a_small_batch_with_the_default_learning_rate_gets_a_word_of_warning(sample, tmp_path):

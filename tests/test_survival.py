@@ -202,6 +202,22 @@ def test_momentum_buffers_are_restored_from_any_memory_layout(run, tmp_path):
         assert torch.allclose(ours, theirs, atol=1e-7)
 
 
+def test_a_resumed_run_keeps_its_own_priors_without_their_file_but_not_with_a_changed_one(sample, tmp_path):
+    path = tmp_path / "mine.json"
+    table = {"scales": [0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9], "aspect_ratios": [2, 0.5, 3, 0.3333]}
+    path.write_text(json.dumps(table))
+    arguments = ("--data-folder", sample, "--output-folder", tmp_path, *RECIPE, "--priors", path)
+    started = Started(parse(*arguments))
+    assert started.model.priors_cxcy[0, 2].item() == pytest.approx(0.05)
+    started.save()
+    resume(tmp_path)
+    path.write_text(json.dumps(table | {"scales": [0.06, *table["scales"][1:]]}))
+    with pytest.raises(InputError, match=f"^{path}: not the priors of "):
+        resume(tmp_path)
+    path.unlink()
+    assert torch.equal(resume(tmp_path).model.priors_cxcy, started.model.priors_cxcy)
+
+
 def test_an_update_that_fp16_skips_leaves_the_weights_unchanged(run):
     run.settings.precision = "fp16"
     optimizer, scaler = train.make_optimizer(run.model, run.settings), torch.amp.GradScaler("cpu")
