@@ -25,7 +25,7 @@ from support.sample import SAMPLE_LABELS, make_sample
 from support.voc import find_annotated_images, hold_out, read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap
 
-MANY_WITHOUT_PRIOR = 0.2  # share of training objects that overlap no prior by the threshold, from which advice is given
+MANY_WITHOUT_PRIOR = 0.2  # advice is given if a larger share of training objects overlaps no prior by the threshold
 
 
 def parse_arguments(arguments=None):
@@ -55,7 +55,7 @@ def parse_arguments(arguments=None):
         help="draw N training samples as the network gets them; alone, of the lists in the output folder")  # fmt: skip
     add("--size", type=int, default=300, choices=list(PRIOR_FAMILIES),
         help="side of the input of the network to train, pixels [%(default)s]")  # fmt: skip
-    add("--priors", metavar="NAME|FILE",
+    add("--priors", metavar="FAMILY|FILE",
         help="the priors to train with: paper, caffe, coco, or a JSON file; the checker and the preview compare the "
         "objects with them [paper; caffe for --size 512]")  # fmt: skip
     add("--sample", action="store_true", help="make a small synthetic data set and its lists in the output folder")
@@ -216,9 +216,9 @@ def make_lists(settings):
     if shares.get("TRAIN", 0) > MANY_WITHOUT_PRIOR:
         boxes, _ = objects["TRAIN"]
 
-        def count_share(priors, size):
-            priors = as_arrays(create_prior_boxes(priors, size), size)
-            return float((best_prior_overlaps(boxes, priors, jaccard_overlap) < threshold).mean())
+        def count_share(family, size):
+            arrays = as_arrays(create_prior_boxes(family, size), size)
+            return float((best_prior_overlaps(boxes, arrays, jaccard_overlap) < threshold).mean())
 
         print_advice(boxes, settings.size, PRIOR_FAMILIES, shares["TRAIN"], count_share)
 

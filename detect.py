@@ -225,7 +225,9 @@ def explain(original_image, model, min_score, max_overlap, top_k, suppress=None)
 
     tiles = []
     for (name, (cells, _, n_priors)), numbers in zip(FEATURE_MAPS[model.size].items(), prior_numbers, strict=True):
-        shown = [pair for pair in zip(detections, sources, strict=True) if pair[1] in numbers]
+        shown = [
+            (detection, source) for detection, source in zip(detections, sources, strict=True) if source in numbers
+        ]
         shown_boxes = [detection.box for detection, _ in shown] + [priors[source].tolist() for _, source in shown]
         captions = [_caption(detection.label, detection.score) for detection, _ in shown] + [""] * len(shown)
         box_colors = [colors[detection.label] for detection, _ in shown] * 2

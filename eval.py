@@ -76,7 +76,7 @@ def parse_arguments(arguments=None):
     parser = CommandParser(__doc__)
     add = parser.add_argument
     add("--checkpoint", help="of train.py, weights of a known system, or coco for torchvision's "
-        "[checkpoint.pth in runs/ and the name of the data folder, data/voc if none is given]")  # fmt: skip
+        "[runs/NAME/checkpoint.pth for a data folder NAME; without one runs/voc/checkpoint.pth]")  # fmt: skip
     add("--data-folder", help="folder with the lists of create_data_lists.py [the one that the checkpoint was trained "
         "on; data/voc for other weights]")  # fmt: skip
     add("--split", type=str.upper, choices=SPLITS, default="TEST", help="lists to score on [%(default)s]")
@@ -113,9 +113,8 @@ def parse_arguments(arguments=None):
         import_report_packages()
     if settings.coco:
         import_pycocotools()
-    settings.checkpoint, settings.data_folder, settings.chosen_on = choose_sources(
-        settings.checkpoint, settings.data_folder
-    )
+    sources = choose_sources(settings.checkpoint, settings.data_folder)
+    settings.checkpoint, settings.data_folder, settings.chosen_on = sources
     names = (f"{settings.split}_images.json", f"{settings.split}_objects.json", "label_map.json")
     lists = [os.path.join(settings.data_folder, name) for name in names]
     inputs = [settings.checkpoint, *lists, *filter(None, [settings.against])]
@@ -150,9 +149,9 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
     :param criterion: MultiBoxLoss; with it, the loss is computed, too
     :param interruption: support.devices.Interruption, which ends the work early
     :return: detections (boxes, labels, scores) and ground_truth (boxes, labels, difficulties): three lists each, of one
-        tensor per image, boxes fractional xy. Then a dict: "waiting_seconds" for images,
-        "network_seconds", "post_processing_seconds", all of this process; with a criterion also "loss", normalised as
-        if all images were one batch. Returns None if any process was interrupted.
+        tensor per image, boxes fractional xy; and a dict with this process's "waiting_seconds" (for images),
+        "network_seconds" and "post_processing_seconds" and, with a criterion, "loss", normalised as if all images were
+        one batch. None instead of all three if any process was interrupted.
     """
     model.eval()
     device = model.priors_cxcy.device
@@ -191,7 +190,7 @@ def detect_all(loader, model, limits=EVALUATION_LIMITS, precision="fp32", criter
 
 
 def _now(device, wait):
-    """Return the time in seconds, if `wait` after the GPU has finished its work; validation goes on without waiting."""
+    """Return the time in seconds; with `wait`, first wait until the GPU has finished. Validation does not wait."""
     if wait and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -301,7 +300,7 @@ def print_significance(evidence, n, other=None, path=None):
 
 
 def adopt_classes(model, label_map, settings):
-    """Let a model detect the classes of the data, matched by name; the probability of its others counts as background.
+    """Make a model detect the classes of a data set's label map, by name; its other classes count as background.
 
     :raises InputError: if the model does not know a class of the data
     """
@@ -355,10 +354,11 @@ def run(settings, device):
         **settings.limits._asdict(), **results,
     }  # fmt: skip
     if settings.chosen_on == settings.split:
-        remedies = {"TEST": "make VAL lists with create_data_lists.py --validation, and train with them"}
+        for_test = "make VAL lists with create_data_lists.py --validation, and train with them"
+        remedy = for_test if settings.split == "TEST" else "use --split TEST"
         results["note"] = (
             "This network was chosen by its score on these very images, so the score is optimistic; for an honest one, "
-            f"{remedies.get(settings.split, 'use --split TEST')}."
+            f"{remedy}."
         )
 
     # Print and write. The results file comes first, so that a later failure cannot lose it.

@@ -293,9 +293,9 @@ class SSD300(nn.Module):
     def set_pixel_mean(self, pixel_mean):
         """Set what the base takes: RGB of 0-255 minus this mean, or ImageNet-normalised images if it is None."""
         self.pixel_mean = pixel_mean
-        mean, std, own_mean = (
-            torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD, pixel_mean or (0, 0, 0))
-        )
+        mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
+        std = torch.tensor(IMAGENET_STD)[:, None, None]
+        own_mean = torch.tensor(pixel_mean or (0, 0, 0))[:, None, None]
         # 255 * (images * std + mean) - own_mean
         self.register_buffer("input_scale", 255 * std, persistent=False)
         self.register_buffer("input_shift", 255 * mean - own_mean, persistent=False)
@@ -317,11 +317,11 @@ class SSD300(nn.Module):
         boxes = self.decode(predicted_locs)
         is_valid = boxes.isfinite().all(dim=2, keepdim=True)  # a network that diverged detects nothing
         probabilities = torch.where(is_valid, predicted_scores.float().softmax(dim=2)[:, :, 1:], 0).nan_to_num(0)
-        if class_candidates is not None:
+        if class_candidates is not None:  # keep the best of each class; of those tied at the lowest score, the first
             lowest = probabilities.topk(min(class_candidates, boxes.size(1)), dim=1).values[:, -1:]
             is_above, is_tied = probabilities > lowest, probabilities == lowest
-            n_tied = class_candidates - is_above.sum(dim=1, keepdim=True)  # of which the first are candidates
-            probabilities = torch.where(is_above | (is_tied & (is_tied.cumsum(dim=1) <= n_tied)), probabilities, 0)
+            n_free = class_candidates - is_above.sum(dim=1, keepdim=True)  # places left for tied candidates
+            probabilities = torch.where(is_above | (is_tied & (is_tied.cumsum(dim=1) <= n_free)), probabilities, 0)
         detections = [
             _non_maximum_suppression(image_boxes, image_scores, min_score, max_overlap, top_k)
             for image_boxes, image_scores in zip(boxes, probabilities, strict=True)
@@ -338,7 +338,7 @@ class SSD512(SSD300):
         super().__init__(n_classes, pretrained, priors, pixel_mean)
 
 
-NETWORKS = {network.size: network for network in (SSD300, SSD512)}
+NETWORKS = {300: SSD300, 512: SSD512}  # by the side of the input, pixels
 
 
 def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):

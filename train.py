@@ -76,8 +76,8 @@ SAMPLE_ON_CPU = {
 SAMPLE_ON_GPU = {
     "data_folder": "data/sample", "no_pretrained": True, "iterations": 4000, "grad_clip": 5.0, "workers": 8,
 }  # fmt: skip
-LEARNING_RATE = 1e-3  # for batches of 32; those of up to SMALL_BATCH images, about a third of that, get a warning
-SMALL_BATCH = 12
+LEARNING_RATE = 1e-3  # for batches of 32
+SMALL_BATCH = 12  # images; a run with this learning rate gets a warning if its batches are not larger
 PICTURE_LIMITS = DETECTION_LIMITS._replace(min_score=0.5)  # without a clutter of weak boxes
 
 
@@ -86,7 +86,7 @@ def make_parser():
     parser = CommandParser(__doc__)
     add = parser.add_argument_group("data and output").add_argument
     add("--data-folder", default=runs.DATA_FOLDER, help="folder with the lists of create_data_lists.py [%(default)s]")
-    add("--output-folder", help="gets checkpoints, log and curves [runs/ and the name of the data folder]")
+    add("--output-folder", help="folder for checkpoints, log and curves [runs/NAME for a data folder NAME]")
     add("--overwrite", action="store_true", help="replace the run in the output folder; numbered checkpoints stay")
     add("--sample", action="store_true",
         help="train on synthetic images, made if they do not exist: a few by heart on a CPU, 240 on a GPU")  # fmt: skip
@@ -172,7 +172,7 @@ def check_settings(settings):
     check_outputs(settings.weights_only, inputs=[*filter(None, inputs), *runs.list_files(settings.output_folder)])
     if settings.tensorboard:
         runlog.import_tensorboard()
-    if min(settings.decay_at or (), default=0) < 0 or settings.seed >= 2**63 or settings.momentum >= 1:
+    if any(step < 0 for step in settings.decay_at or ()) or settings.seed >= 2**63 or settings.momentum >= 1:
         raise InputError("--decay-at must be 0 or more, --seed below 2**63, --momentum below 1")
     smallest = {
         "batch_size": 1, "iterations": 1, "accumulate": 1, "checkpoint_every": 1, "keep_every": 0, "log_every": 1,
@@ -192,8 +192,8 @@ def check_settings(settings):
 def complete_settings(settings, n_images, n_validation_images):
     """Fill in the settings that depend on the length of the run and were not given.
 
-    The rate decays after two thirds and five sixths of the iterations, as in ssd_pascal.py. Validation is about ten
-    times a run, but never on more images than were trained on since the last one; a run that is shorter has none.
+    The rate decays after two thirds and five sixths of the iterations, as in ssd_pascal.py. A run has about ten
+    validations. It has fewer if one reads more images than a tenth of the run, and none if more than the whole run.
 
     :param n_images: number of training images
     :param n_validation_images: number of images to validate on, 0 for no validation
@@ -374,10 +374,9 @@ def train(settings):
             bar.update()
 
             # Look at the losses now and then, and before every checkpoint: each look waits for the GPU.
-            log_now, save_now, validate_now = (
-                runs.is_due(progress["iteration"], every, settings.iterations)
-                for every in (settings.log_every, settings.checkpoint_every, settings.validate_every)
-            )
+            log_now = runs.is_due(progress["iteration"], settings.log_every, settings.iterations)
+            save_now = runs.is_due(progress["iteration"], settings.checkpoint_every, settings.iterations)
+            validate_now = runs.is_due(progress["iteration"], settings.validate_every, settings.iterations)
             keep_now = settings.keep_every and progress["iteration"] % settings.keep_every == 0
             stop = interruption.agreed()
             if log_now or save_now or keep_now or validate_now or stop:
@@ -476,7 +475,7 @@ def stop_if_not_finite(losses, model, scaler, iteration, loader):
 
 
 def validate(loader, model, criterion, precision, interruption=None):
-    """Return the loss over all images, normalised as one batch, and the 11-point mAP; back in training mode.
+    """Return the loss over all images, normalised as one batch, and the 11-point mAP; leave the model in training mode.
 
     :param loader: as `eval.evaluation_loader` makes it
     :return: {"loss": ..., "mAP_11_point": ..., missing if there is no object to detect}; None if interrupted
@@ -517,7 +516,7 @@ def validate_and_keep_best(loader, model, criterion, precision, log, save, progr
 
 
 def prepare_output(settings, dataset, held_out, model, precision, progress, validates_first):
-    """Clean the output folder of an earlier run, print what is trained on what, and return the log.
+    """Clean the output folder of an earlier run, print what will be trained and how long, and return the log.
 
     :param dataset, held_out: images to train on and to validate on
     :param progress: its "best_loss" and "best_map" are updated by the validations in the log of a resumed run
@@ -548,7 +547,7 @@ def save_run(settings, dataset, model, optimizer, scaler, progress, name, must=F
     :param dataset: the training set, whose fingerprint is saved
     :param name: of the file
     :param must: raise InputError if it cannot be written, instead of warning
-    :param chosen_on: the split by whose score this network is the best, for eval.py to know
+    :param chosen_on: the split whose validation chose this network as the best; eval.py calls a score on it optimistic
     """
     if rank() > 0:
         return
@@ -573,9 +572,10 @@ def dry_run(settings, step, train_loader, held_out_loader, model, criterion, pre
         started = time.perf_counter()
         losses = step(batch, learning_rate(0, settings), precision, settings.grad_clip, settings.accumulate)
         loss = sum_over_processes(losses).tolist()
-        waited, asked = started - asked, time.perf_counter()
-        seconds = asked - started
-        say(f"step in {seconds:.2f} s, after {waited:.2f} s for its images; loss {sum(loss[:2]):.3f}")
+        finished = time.perf_counter()
+        seconds = finished - started
+        say(f"step in {seconds:.2f} s, after {started - asked:.2f} s for its images; loss {sum(loss[:2]):.3f}")
+        asked = finished
     if held_out_loader is not None:
         one_batch = list(itertools.islice(held_out_loader, 1))
         result = validate(one_batch, model, criterion, precision)
@@ -610,7 +610,8 @@ def main():
         save_weights(settings.weights_only, model)
     if complete and settings.sample:
         show_sample(settings, model)
-    split, example = sample_split(settings) if settings.sample else "TEST", None
+    split = sample_split(settings) if settings.sample else "TEST"
+    example = None
     if complete and has_split(settings.data_folder, split):
         example = PascalVOCDataset(settings.data_folder, split).images[0]
     runs.say_what_is_next(settings, complete, split, example)

@@ -247,10 +247,11 @@ def _identify(contents, parameter_names, source):
         weights = _state_dict(weights) if isinstance(weights, _StandIn) else weights
         weights = {name.removeprefix("module."): value for name, value in weights.items()}  # saved from DataParallel
         networks = [
-            (name, size, _names_in(system, parameter_names[size]))
-            for name, system in _SYSTEMS.items()
-            for size in system["priors"]
+            (system, size, _names_in(layout, parameter_names[size]))
+            for system, layout in _SYSTEMS.items()
+            for size in layout["priors"]
         ]
+        # Choose the network that shares most names with the file: fewest are in only one of the two.
         system, size, names = min(networks, key=lambda network: len(weights.keys() ^ set(network[2])))
         if len(weights.keys() & set(names)) < len(names) / 2:
             raise ValueError("too few known names")
@@ -258,7 +259,8 @@ def _identify(contents, parameter_names, source):
         raise InputError(f"{source}: not the weights of a known system; expected {KNOWN_SYSTEMS}") from error
     missing = [name for name in names if name not in weights]
     unknown = [f"{name!r:.60}" for name in weights if name not in names]
-    differences = [f"{verb} {', '.join(some[:3])}" for verb, some in (("lacks", missing), ("has", unknown)) if some]
+    differences = [f"lacks {', '.join(missing[:3])}"] if missing else []
+    differences += [f"has {', '.join(unknown[:3])}"] if unknown else []
     if differences:
         raise InputError(
             f"{source}: looks like an SSD{size} of {system}, but {' and '.join(differences)}; use another file"
@@ -296,7 +298,7 @@ def read_base(path, parameters):
     """Return the state dict of the base network in a file: the paper's reduced VGG-16, vgg16_reducedfc.pth.
 
     :param parameters: state dict of our base network, for its names, their order and the shapes
-    :raises InputError: naming the file, if it holds anything else than weights with names 0.weight ... 33.bias
+    :raises InputError: naming the file, if it holds anything other than weights with names 0.weight ... 33.bias
     """
     expected = "vgg16_reducedfc.pth, the reduced VGG-16 with names 0.weight ... 33.bias"
     contents = _read(path, expected)

@@ -12,7 +12,7 @@ voc_labels = (
     "pottedplant sheep sofa train tvmonitor"
 ).split()
 
-# COCO's names of VOC's classes where they differ, and VOC's of COCO's.
+# The classes that COCO and VOC spell differently.
 _COCO_TO_VOC = {
     "airplane": "aeroplane", "couch": "sofa", "dining table": "diningtable", "motorcycle": "motorbike",
     "potted plant": "pottedplant", "tv": "tvmonitor",

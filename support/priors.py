@@ -14,7 +14,7 @@ from support.files import InputError, read_json
 LOWEST, HIGHEST = 0.001, 10  # limits of the numbers in a file of priors
 ASPECT_RATIOS = 2, 0.5, 3, 0.3333  # of fitted priors, as in the paper
 LARGEST_SCALE = 1.05  # of fitted priors, as in Caffe
-CLEARLY = 0.03  # fitted scales are shown if they leave this share of the objects fewer without a prior
+CLEARLY = 0.03  # fitted scales are printed if they lower the share of objects without a match by at least this
 
 
 def find_priors(name, families):

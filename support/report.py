@@ -15,7 +15,15 @@ import torch
 from support.files import import_optional, make_folder, read_text, write_files
 from support.images import draw_boxes, read_image
 from support.labels import label_names
-from support.results import CLASS_COLUMNS, CLASS_NOTE, class_rows, pixel_boxes, show_scores, summarize
+from support.results import (
+    CLASS_COLUMNS,
+    CLASS_NOTE,
+    class_rows,
+    describe_limits,
+    pixel_boxes,
+    show_scores,
+    summarize,
+)
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "report.html")
 N_SHOWN = 24  # mistakes of each kind, and confusions
@@ -50,6 +58,7 @@ def write_report(folder, evaluation, others, dataset, min_overlap):
     )  # fmt: skip
     page = environment.from_string(read_text(TEMPLATE)).render(
         results=results,
+        limits=describe_limits(results),
         coco=show_scores(results["coco"]) if "coco" in results else None,
         columns=CLASS_COLUMNS,
         note=CLASS_NOTE,

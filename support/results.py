@@ -269,10 +269,7 @@ def print_results(results, curves):
         print(f"    {area:.4f} by the area under the curve, the rule since VOC2010; do not compare it with the first")
     if "note" in results:
         print(results["note"])
-    most = f"at most {results['top_k']}" if results["top_k"] < NO_LIMIT else "any number of"
-    print(f"{most} detections per image, scores above {results['min_score']:g}, suppressed at "
-          f"overlaps above {results['max_overlap']:g}\n")  # fmt: skip
-
+    print(f"{describe_limits(results)}\n")
     print(format_table(class_rows(results, curves)))
     n_images = results["images"]
     parts = {
@@ -283,6 +280,13 @@ def print_results(results, curves):
     print(f"\n{speed:.1f} images/s over {n_images} images on {results['device']}, {results['precision']}, "
           f"batches of {results['batch_size']}; in ms per image:")  # fmt: skip
     print("  " + ", ".join(f"{name} {1000 * results[key] / n_images:.1f}" for name, key in parts.items()))
+
+
+def describe_limits(results):
+    """Return the limits of the post-processing, "top_k", "min_score" and "max_overlap", as a text."""
+    most = f"at most {results['top_k']}" if results["top_k"] < NO_LIMIT else "any number of"
+    limits = f"scores above {results['min_score']:g}, suppressed at overlaps above {results['max_overlap']:g}"
+    return f"{most} detections per image, {limits}"
 
 
 def class_rows(results, curves):

@@ -39,7 +39,7 @@ class RunLog:
         self.folder, self.path, self.board = folder, os.path.join(folder, "log.jsonl"), None
         earlier = read_log(folder) if keep else []
         self.kept = [record for record in earlier if keep(record)]  # what a resumed run goes on from
-        # TensorBoard hides what was logged after `iteration`; what is repeated at it would be shown twice.
+        # TensorBoard hides records after `iteration`; one that is logged again at `iteration` would be shown twice.
         self.on_board = {(record["event"], iteration) for record in earlier if record.get("iteration") == iteration}
         if rank() > 0:
             return
@@ -127,9 +127,9 @@ def describe_run(settings, classes, precision):
 
 def has_validation(folder, iteration):
     """Tell whether the log in an output folder has the validation of an iteration; the same answer in all processes."""
-    records = read_log(folder)  # which only process 0 is sure to have
+    records = read_log(folder)
     logged = any(record["event"] == "validation" and record.get("iteration") == iteration for record in records)
-    return not any_process(rank() == 0 and not logged)
+    return any_process(rank() == 0 and logged)  # only process 0 is sure to have the log
 
 
 def mean_losses(losses, alpha):

@@ -156,7 +156,7 @@ def validation_is_missing(settings, iteration):
 
 
 def announce(description, dataset, held_out):
-    """Print what is trained on what.
+    """Print the network, the data, and the length of the training.
 
     :param description: as `runlog.describe_run` returns it
     :param dataset, held_out: data sets for training and for validation; None for no validation

@@ -266,11 +266,11 @@ def test_an_interrupted_validation_is_repeated_after_resuming(sample, uninterrup
 
 def test_a_resumed_run_starts_with_the_validation_of_its_checkpoint(run, tmp_path):
     run.settings.validate_every = 2
-    assert [train.validation_is_missing(run.settings, iteration) for iteration in range(5)] == [0, 0, 1, 0, 1]
+    assert [runs.validation_is_missing(run.settings, iteration) for iteration in range(5)] == [0, 0, 1, 0, 1]
     run.log().append({"event": "validation", "iteration": 2})
-    assert train.validation_is_missing(run.settings, 2)  # repeated even if logged, unless the run is finished
+    assert runs.validation_is_missing(run.settings, 2)  # repeated even if logged, unless the run is finished
     run.log(keep=lambda record: True).append({"event": "validation", "iteration": 4})
-    assert not train.validation_is_missing(run.settings, 4)
+    assert not runs.validation_is_missing(run.settings, 4)
     run.progress["iteration"] = 4
     run.save()
     with pytest.raises(InputError, match="has made 4 iterations already"):
