@@ -344,9 +344,8 @@ def train(settings):
     held_out = held_out if settings.validate_every else None
     model, optimizer, scaler, progress = start_or_resume(settings, dataset, held_out, device, precision)
     criterion = MultiBoxLoss(model.priors_cxcy)
-    network = model
-    if settings.compile:
-        network = compile_network(model, (images_at_once(settings), 3, settings.size, settings.size), precision)
+    shape = images_at_once(settings), 3, settings.size, settings.size
+    network = compile_network(model, shape, precision) if settings.compile else model
     if n_processes() > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     train_loader = training_loader(settings, dataset, progress["iteration"], device)
