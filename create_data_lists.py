@@ -20,7 +20,7 @@ from support.files import CommandParser, InputError, read_text, run_command
 from support.images import write_image
 from support.labels import check_label_map, label_map, label_names, make_label_map
 from support.lists import label_objects, write_data_lists
-from support.priors import find_priors, print_advice
+from support.priors import default_family, find_priors, print_advice
 from support.sample import SAMPLE_LABELS, make_sample
 from support.voc import find_annotated_images, hold_out, read_annotations, read_split, split_at_random
 from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap
@@ -89,7 +89,7 @@ def parse_arguments(arguments=None):
     settings.training_options = [] if settings.download or settings.voc07 else ["--epochs", "200"]  # as on VOC
     settings.training_options += ["--size", str(settings.size)] if settings.size != 300 else []
     settings.training_options += ["--priors", settings.priors] if settings.priors else []
-    settings.priors = settings.priors or ("paper" if settings.size == 300 else "caffe")
+    settings.priors = settings.priors or default_family(PRIOR_FAMILIES[settings.size])
     settings.family = find_priors(settings.priors, PRIOR_FAMILIES[settings.size])
     return settings
 

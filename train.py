@@ -64,7 +64,7 @@ from support.files import (
 )
 from support.images import tile, write_image
 from support.lists import has_split
-from support.priors import find_priors
+from support.priors import default_family, find_priors
 from support.sample import make_sample
 from utils import calculate_mAP
 
@@ -230,8 +230,9 @@ def validation_set(settings):
 
 def chosen_priors(settings):
     """Return the priors that the settings ask for: the name of a family, or the contents of a file."""
-    default = "caffe" if settings.base or settings.size == 512 else "paper"
-    return find_priors(settings.priors or default, PRIOR_FAMILIES[settings.size])
+    families = PRIOR_FAMILIES[settings.size]
+    default = "caffe" if settings.base else default_family(families)
+    return find_priors(settings.priors or default, families)
 
 
 def start_model(settings, label_map):

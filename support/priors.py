@@ -17,6 +17,11 @@ LARGEST_SCALE = 1.05  # of fitted priors, as in Caffe
 CLEARLY = 0.03  # fitted scales are printed if they lower the share of objects without a match by at least this
 
 
+def default_family(families):
+    """Return the name of the family to train with if none is chosen: the paper's, which exists for size 300 only."""
+    return "paper" if "paper" in families else "caffe"
+
+
 def find_priors(name, families):
     """Return the name if it is a family's; otherwise return the priors in the file of this name.
 
