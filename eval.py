@@ -40,6 +40,7 @@ from support.labels import find_label
 from support.lists import SPLITS
 from support.report import import_report_packages, write_report
 from support.results import (
+    NO_LIMIT,
     coco_results,
     coco_scores,
     count_objects,
@@ -66,7 +67,7 @@ from utils import (
 PROTOCOLS = {
     "exact": (EVALUATION_LIMITS, None),
     "caffe": (EVALUATION_LIMITS, 400),  # ssd_pascal.py
-    "ssd.pytorch": (EVALUATION_LIMITS._replace(top_k=10**6), 200),  # ssd.py, detection.py; no limit over all classes
+    "ssd.pytorch": (EVALUATION_LIMITS._replace(top_k=NO_LIMIT), 200),  # ssd.py, detection.py
     "lufficc": (EVALUATION_LIMITS._replace(top_k=100), None),  # defaults.py
 }
 
@@ -356,10 +357,8 @@ def run(settings, device):
     if settings.chosen_on == settings.split:
         for_test = "make VAL lists with create_data_lists.py --validation, and train with them"
         remedy = for_test if settings.split == "TEST" else "use --split TEST"
-        results["note"] = (
-            "This network was chosen by its score on these very images, so the score is optimistic; for an honest one, "
-            f"{remedy}."
-        )
+        note = "This network was chosen by its score on these very images, so the score is optimistic"
+        results["note"] = f"{note}; for an honest one, {remedy}."
 
     # Print and write. The results file comes first, so that a later failure cannot lose it.
     evidence = make_evidence(curves)
