@@ -62,6 +62,13 @@ def read_image(path):
         return image
 
 
+def read_size(path):
+    """Return the upright (width, height) of an image file, without decoding it; raises InputError if it is unreadable."""
+    with open_image(path) as image, decoding():
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if is_turned else image.size
+
+
 def upright_rgb(image):
     """Return a PIL image of any mode as RGB, rotated as its EXIF orientation says, or itself if nothing changes."""
     with decoding():
