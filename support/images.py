@@ -63,7 +63,7 @@ def read_image(path):
 
 
 def read_size(path):
-    """Return the upright (width, height) of an image file, without decoding it; raises InputError if it is unreadable."""
+    """Return the upright (width, height) of an image file from its header; raises InputError if it cannot be read."""
     with open_image(path) as image, decoding():
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size[::-1] if is_turned else image.size
