@@ -55,10 +55,9 @@ class PascalVOCDataset(Dataset):
         """Return image (3, S, S), boxes (n, 4), fractional xy, labels (n,), difficulties (n,); n may be 0."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
         rng = None if epoch is None or self.mode == "TEST" else np.random.default_rng((self.seed, epoch, index))
-        objects = self.objects[index]
-        boxes = torch.tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor(objects["labels"], dtype=torch.long)
-        difficulties = torch.tensor(objects["difficulties"], dtype=torch.uint8)
+        span = self.objects.span(index)
+        boxes, labels = self.objects.boxes[span].float(), self.objects.labels[span]
+        difficulties = self.objects.difficulties[span]
         if not self.keep_difficult:
             kept = difficulties == 0
             boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
@@ -68,8 +67,13 @@ class PascalVOCDataset(Dataset):
     @functools.cached_property
     def fingerprint(self):
         """A digest of the images' names and their objects, which tells one data set from another."""
+        # That of json.dumps([names, list(self.objects)]), one entry at a time: all at once would take much memory.
         names = [os.path.basename(path) for path in self.images]
-        return hashlib.sha256(json.dumps([names, self.objects]).encode()).hexdigest()
+        digest = hashlib.sha256(f"[{json.dumps(names)}, [".encode())
+        for index, entry in enumerate(self.objects):
+            digest.update((", " * (index > 0) + json.dumps(entry)).encode())
+        digest.update(b"]]")
+        return digest.hexdigest()
 
 
 def collate_fn(batch):

@@ -1,9 +1,9 @@
 """Checks of a data set before training, and a preview of its training samples.
 
-pairs = {"TRAIN": read_split("VOC2007", "trainval"), "TEST": read_split("VOC2007", "test")}
-splits = read_annotations(pairs)
-breaking, odd, objects = check(splits, label_map, priors, jaccard_overlap, with_images=True)
-print_problems(breaking, odd)
+splits = {"TRAIN": read_sources(["VOC2007"], "TRAIN"), "TEST": read_sources(["VOC2007"], "TEST")}
+odd_images, near_copies = check_images(splits)
+breaking, odd, objects = check(splits, label_map, priors, jaccard_overlap)
+print_problems(breaking, odd_images | odd)
 preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion, IMAGENET_MEAN, IMAGENET_STD).save("preview.jpg")
 """
 
@@ -18,48 +18,48 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from support.devices import count_cores
+from support.annotations import UNREADABLE_IMAGE, find_problems
+from support.devices import count_cores, ignore_signals
 from support.files import InputError
 from support.images import draw_boxes, read_image, tile
 from support.labels import label_color_map, label_names
-from support.lists import UNREADABLE_IMAGE, find_problems
+from support.leaks import find_near_copies, perceptual_hash
 
 N_SHOWN = 5  # lines to print of each problem
 TILE = 420  # side of a preview's pictures, pixels
+REFUSED = "This makes training impossible, so no lists are written (--drop-invalid leaves it out):"
+DROPPED = "This makes training impossible and is left out; dropped.json names all of it:"
 CHUNK = 10_000  # boxes to compare with the priors at a time, which bounds the memory
 
 
-def check(splits, label_map, priors, jaccard_overlap, threshold=0.5, with_images=False, zero_based=False):
-    """Look for everything that is wrong or odd in a data set.
+def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
+    """Look for everything that is wrong or odd in annotations.
 
-    :param splits: what `read_annotations` returns; if images are read, their sizes and problems are entered in it
+    :param splits: {"TRAIN": annotations, "TEST": the same ...}
     :param label_map: class name -> index
     :param priors: arrays (rows, columns, shapes, 4), fractional cxcy, one per feature map
     :param jaccard_overlap: function of boxes (n, 4) and (n, 4), xy, that returns their overlaps (n,)
     :param threshold: jaccard overlap from which a prior matches an object
-    :param with_images: read every image too, with one process per core
-    :param zero_based: whether the annotations were read as counting pixels from 0
     :return: two dicts, problem -> lines that name the file: what makes training impossible, and what is worth a look;
         and split -> boxes (n, 4), fractional xy, of the objects inside images of known size, and the highest overlap
         (n,) of each with any prior
     """
     breaking, odd, objects = defaultdict(list), defaultdict(list), {}
-    if with_images:
-        _check_images(splits, odd)
-    for split, (images, _) in splits.items():
-        odd[f"image twice in {split}"] += [path for path, count in Counter(images).items() if count > 1]
+    images = {split: [annotation.image for annotation in annotations] for split, annotations in splits.items()}
+    for split, paths in images.items():
+        odd[f"image twice in {split}"] += [path for path, count in Counter(paths).items() if count > 1]
     for one, other in itertools.combinations(splits, 2):
-        shared = set(splits[one][0]) & set(splits[other][0])
-        odd[f"same file in {one} and {other}"] += [path for path in splits[other][0] if path in shared]
-    for split, (_, annotations) in splits.items():
-        present = Counter()
+        shared = set(images[one]) & set(images[other])
+        odd[f"same file in {one} and {other}"] += [path for path in images[other] if path in shared]
+    for split, annotations in splits.items():
+        present = set()
         for annotation in annotations:
-            present.update(annotation["names"])
+            present.update(part.name for part in annotation.objects)
             for problem, line in find_problems(annotation):
                 breaking[problem].append(line)
-            _check_boxes(annotation, zero_based, odd)
+            _check_boxes(annotation, odd)
         objects[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
-        missing = [name for name in label_map if not present[name] and name != "background"]
+        missing = [name for name in label_map if name not in present and name != "background"]
         odd[f"class without objects in {split}"] += missing
     return _without_duplicates(breaking), _without_duplicates(odd), objects
 
@@ -69,36 +69,59 @@ def _without_duplicates(problems):
     return {problem: list(dict.fromkeys(lines)) for problem, lines in problems.items() if lines}
 
 
-def _check_images(splits, odd):
-    """Read all images; enter their sizes and problems in their annotations, and compare them with each other."""
-    paths = sorted({path for images, _ in splits.values() for path in images})
-    loader = DataLoader(_ImageFacts(paths), batch_size=None, collate_fn=tuple, num_workers=count_cores())
+def check_images(splits):
+    """Read all images, with one process per core; enter their sizes and problems in their annotations.
+
+    :param splits: {"TRAIN": annotations, "TEST": the same ...}
+    :return: a dict, problem -> lines that name the file, of what is worth a look; and near copies, the closest first:
+        (distance, path of an image, path of one in an earlier split)
+    :raises InputError: if a process was killed
+    """
+    paths = sorted({annotation.image for annotations in splits.values() for annotation in annotations})
+    loader = DataLoader(
+        _ImageFacts(paths), batch_size=None, collate_fn=tuple, num_workers=count_cores(), worker_init_fn=ignore_signals
+    )
     try:
         facts = list(tqdm(loader, "images", unit="", leave=False, disable=None))
     except RuntimeError as error:
         raise InputError("--check: a process that reads images was killed; check that memory suffices") from error
     facts = dict(zip(paths, facts, strict=True))
-    for images, annotations in splits.values():
-        for path, annotation in zip(images, annotations, strict=True):
-            size, _, problem = facts[path]
-            stated = annotation["size"]
+    odd, near_copies = defaultdict(list), []
+    for annotations in splits.values():
+        for annotation in annotations:
+            stated, (size, _, _, problem) = annotation.size, facts[annotation.image]
             if problem:
-                annotation["problems"].append((UNREADABLE_IMAGE, problem))
+                if UNREADABLE_IMAGE not in dict(annotation.problems):
+                    annotation.problems.append((UNREADABLE_IMAGE, problem))
                 continue
             if stated and size != stated:
-                line = f"{annotation['path']}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
+                line = f"{annotation.path}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
                 odd["size in the annotation that is not the image's"].append(line)
-            annotation["size"] = size
+            annotation.size = size
+    readable = {
+        split: [path for path in dict.fromkeys(annotation.image for annotation in annotations) if facts[path][0]]
+        for split, annotations in splits.items()
+    }
     for one, other in itertools.combinations(splits, 2):
-        digests = {facts[path][1]: path for path in splits[one][0] if facts[path][1]}
-        for path in splits[other][0]:
-            twin = digests.get(facts[path][1])
-            if twin and twin != path:
-                odd[f"same image in {one} and {other}"].append(f"{path}: same as {twin}")
+        digests = {facts[path][1]: path for path in readable[one]}
+        copies = [(path, digests[facts[path][1]]) for path in readable[other] if facts[path][1] in digests]
+        twins = [f"{path}: same as {twin}" for path, twin in copies if path != twin]
+        odd[f"same image in {one} and {other}"] += twins
+        exact = {path for path, _ in copies}
+        rest = [path for path in readable[other] if path not in exact]
+        hashes = [np.array([facts[path][2] for path in part]) for part in (readable[one], rest)]
+        pairs = [
+            (distance, rest[second], readable[one][first]) for second, first, distance in find_near_copies(*hashes)
+        ]
+        share = len(pairs) / max(1, len(readable[other]))
+        problem = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
+        odd[problem] += [f"{path}: like {near}" for _, path, near in pairs]
+        near_copies += pairs
+    return _without_duplicates(odd), sorted(near_copies)
 
 
 class _ImageFacts(list):
-    """A data set of image paths. Item i is (size, digest, problem) of image i; unknown values are None.
+    """A data set of image paths. Item i is (size, digest, perceptual hash, problem) of image i; None for the unknown.
 
     As a data set it is read by a DataLoader, in several processes.
     """
@@ -106,50 +129,50 @@ class _ImageFacts(list):
     def __getitem__(self, index):
         path = super().__getitem__(index)
         try:
-            size = read_image(path).size
+            image = read_image(path)
             with open(path, "rb") as file:
-                return size, hashlib.file_digest(file, "sha256").digest(), None
+                return image.size, hashlib.file_digest(file, "sha256").digest(), perceptual_hash(image), None
         except (InputError, OSError) as error:
-            return None, None, str(error)
+            return None, None, None, str(error)
 
 
-def _check_boxes(annotation, zero_based, odd):
+def _check_boxes(annotation, odd):
     """Check one annotation's boxes: whether they count pixels otherwise, are given twice, or reach out of the image."""
-    path, names, boxes = annotation["path"], annotation["names"], annotation["boxes"]
-    if annotation["n_below"]:
-        first_pixel = "0" if zero_based else "1, where VOC begins (0-based? then give --zero-based)"
-        odd[f"box that begins below {first_pixel}"].append(f"{path}: {annotation['n_below']} of {len(boxes)}")
-    for (name, *box), count in Counter((name, *box) for name, box in zip(names, boxes, strict=True)).items():
+    path, size = annotation.path, annotation.size
+    if annotation.n_below:
+        hint = ", where VOC begins (0-based? then give --zero-based)" if annotation.first_pixel else ""
+        n_boxes = len(annotation.objects)
+        odd[f"box that begins below {annotation.first_pixel}{hint}"].append(
+            f"{path}: {annotation.n_below} of {n_boxes}"
+        )
+    for (name, *box), count in Counter((part.name, *part.box) for part in annotation.objects).items():
         if count > 1:
             odd["duplicate box"].append(f"{path}: {name} {box}, {count} times")
-    if annotation["size"]:
-        width, height = annotation["size"]
-        for number, (x_min, y_min, x_max, y_max) in enumerate(boxes, start=1):
-            if (x_max > width or y_max > height) and x_min < width and y_min < height:
-                odd["box that reaches beyond its image"].append(_describe_object(annotation, number))
+    for part in annotation.objects if size else ():
+        x_min, y_min, x_max, y_max = part.box
+        if (x_max > size[0] or y_max > size[1]) and x_min < size[0] and y_min < size[1]:
+            odd["box that reaches beyond its image"].append(_describe_object(annotation, part))
 
 
-def _describe_object(annotation, number):
-    width, height = annotation["size"]
-    name, box = annotation["names"][number - 1], annotation["boxes"][number - 1]
-    return f"{annotation['path']}: object {number} ({name}), {box} of {width:g} x {height:g}"
+def _describe_object(annotation, part):
+    width, height = annotation.size
+    return f"{annotation.path}: {annotation.unit} {part.number} ({part.name}), {part.box} of {width:g} x {height:g}"
 
 
 def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
     """Report small objects; return boxes and highest overlaps of all objects, as `check` does for a split."""
-    annotations = [annotation for annotation in annotations if annotation["size"] and annotation["boxes"]]
-    boxes = [np.array(annotation["boxes"]) / (annotation["size"] * 2) for annotation in annotations]
-    boxes = np.concatenate([np.zeros((0, 4)), *boxes]).clip(0, 1)
+    pairs = [(annotation, part) for annotation in annotations if annotation.size for part in annotation.objects]
+    pixels, sizes = (
+        np.array(values, np.float64).reshape(-1, length)
+        for values, length in (([part.box for _, part in pairs], 4), ([annotation.size for annotation, _ in pairs], 2))
+    )
+    boxes = (pixels / np.tile(sizes, 2)).clip(0, 1)
     overlaps = best_prior_overlaps(boxes, priors, jaccard_overlap)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)  # 0 for boxes outside the image
     smallest = min(feature_map[..., 2:].prod(axis=-1).min() for feature_map in priors)
     is_too_small = (overlaps < threshold) & (areas < smallest) & (areas > 0)
-    first = 0
-    for annotation in annotations:
-        n_objects = len(annotation["boxes"])
-        for index in is_too_small[first : first + n_objects].nonzero()[0]:
-            odd["object too small for any prior to match by itself"].append(_describe_object(annotation, index + 1))
-        first += n_objects
+    for index in is_too_small.nonzero()[0]:
+        odd["object too small for any prior to match by itself"].append(_describe_object(*pairs[index]))
     return boxes[areas > 0], overlaps[areas > 0]
 
 
@@ -178,10 +201,13 @@ def best_prior_overlaps(boxes, priors, jaccard_overlap):
     return best
 
 
-def print_problems(breaking, odd):
-    """Print what `check` returns: each problem with its count and its first lines."""
+def print_problems(breaking, odd, drops=False):
+    """Print what `check` returns: each problem with its count and its first lines.
+
+    :param drops: whether what makes training impossible is left out, as by --drop-invalid
+    """
     for title, problems in (
-        ("This makes training impossible, so no lists are written:", breaking),
+        (DROPPED if drops else REFUSED, breaking),
         ("Worth a look:", odd),
     ):
         if problems:
@@ -203,7 +229,7 @@ def preview(dataset, n, criterion, mean, std, seed=0):
     :param seed: of the choice of images, which prefers those with objects
     """
     order = np.random.default_rng(seed).permutation(len(dataset)).tolist()
-    order.sort(key=lambda index: not dataset.objects[index]["boxes"])
+    order.sort(key=lambda index: not dataset.objects[index]["labels"])
     pairs = [_preview_pair(dataset, index, criterion, mean, std) for index in order[:n]]
     return tile([picture for pair in pairs for picture in pair], 4, TILE)
 

@@ -1,10 +1,11 @@
 """Class labels: VOC's names, label maps (class name -> index), and colours."""
 
 import colorsys
+import json
 
 import numpy as np
 
-from support.files import InputError
+from support.files import InputError, read_text
 
 # The 20 classes of Pascal VOC, in the order of the development kit.
 voc_labels = (
@@ -48,6 +49,32 @@ def check_label_map(label_map, source):
         or len(label_map) < 2
     ):
         raise InputError(f'{source}: not a label map such as {{"background": 0, "cat": 1, "dog": 2}}; correct it')
+
+
+def read_labels(path):
+    """Return the label map of a file: one class name per line, a JSON list of names, or a JSON label map.
+
+    :raises InputError: naming the file, if it is none of these
+    """
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read class names ({error}); use a text file, one name per line") from error
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            labels = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: neither JSON ({error}) nor one class name per line; correct it") from error
+        if isinstance(labels, dict):
+            check_label_map(labels, path)
+            return labels
+    else:
+        labels = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    names = [name for name in labels if name != "background"]
+    are_names = all(type(name) is str and name for name in names)
+    if not names or not are_names or len(set(names)) < len(names):
+        raise InputError(f"{path}: expected class names, each once; correct it")
+    return make_label_map(names)
 
 
 def label_color_map(label_map):

@@ -1,102 +1,55 @@
-"""From annotations to the JSON lists of a data folder and back, and what makes an annotation unfit for training.
+"""The JSON lists of a data folder: writing them, and reading them into memory that processes share.
 
-An annotation is a dict as `support.voc.read_annotation` returns it.
-
-lists = label_objects(splits, label_map)
 write_data_lists(lists, label_map, "data/voc")
 images, objects, label_map = read_data_lists("data/voc", "TRAIN")
 """
 
-import math
 import os
-from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate, chain
 
 import numpy as np
+import torch
 
+from support.annotations import MAX_COORDINATE
 from support.files import InputError, make_folder, read_json, write_json
 from support.labels import check_label_map
 
 SPLITS = ("TRAIN", "VAL", "TEST")  # a data folder need not have VAL
-MAX_COORDINATE = 1e9  # pixels; no image is larger
-
-# The kinds of problems that make an annotation or its image useless for training.
-UNREADABLE, UNREADABLE_IMAGE = "annotation that cannot be read", "image that cannot be read"
-NO_CLASS, NO_BOX = "object without a class", "object without a box"
-NO_AREA, OUTSIDE = "box without area", "box outside its image"
 
 
-def find_problems(annotation):
-    """Return all problems of an annotation that was read: its own, and boxes outside the image if its size is known."""
-    problems = list(annotation["problems"])
-    width, height = annotation["size"] or (math.inf, math.inf)
-    for number, (name, box) in enumerate(zip(annotation["names"], annotation["boxes"], strict=True), start=1):
-        if box[0] <= width - 1 and box[1] <= height - 1:
-            continue  # skips the slow conversion for nearly all boxes
-        x_min, y_min = np.float32(box[:2]).tolist()  # as training reads it
-        if x_min >= width or y_min >= height:
-            side = f"width of {width:g}" if x_min >= width else f"height of {height:g}"
-            message = f"{annotation['path']}: object {number} ({name}) has a box outside the image's {side} pixels"
-            problems.append((OUTSIDE, f"{message}; correct or remove it"))
-    return problems
-
-
-def label_objects(splits, label_map):
-    """Turn class names into indices.
-
-    :param splits: what `read_annotations` returns
-    :return: split -> (image paths, objects), objects as `parse_annotation` returns them
-    :raises InputError: with the first problem of the annotations and the number of problems, if there are any; or with
-        all unknown class names and their counts
-    """
-    annotations = [annotation for _, annotations in splits.values() for annotation in annotations]
-    problems = dict.fromkeys(problem for annotation in annotations for problem in find_problems(annotation))
-    messages = [message for _, message in problems]  # each once: an image may occur twice
-    if messages:
-        raise InputError(messages[0] + (f" ({len(messages)} problems in all)" if len(messages) > 1 else ""))
-
-    unknown, first_unknown = Counter(), None
-    for annotation in annotations:
-        for number, name in enumerate(annotation["names"], start=1):
-            if name not in label_map:
-                unknown[name] += 1
-                first_unknown = first_unknown or f"{annotation['path']}: object {number} ({name})"
-    if unknown:
-        names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common())
-        known = ", ".join(name for name in label_map if name != "background")
-        raise InputError(
-            f"{first_unknown} has no known class; all unknown classes: {names:.999}; name your classes with --labels "
-            f"FILE, use all with --labels auto, or drop these objects with --ignore-unknown (known: {known:.999})"
-        )
-    lists = {split: (images, []) for split, (images, _) in splits.items()}
-    for split, (_, annotations) in splits.items():
-        for annotation in annotations:
-            labels = [label_map[name] for name in annotation["names"]]
-            entry = {"boxes": annotation["boxes"], "labels": labels, "difficulties": annotation["difficulties"]}
-            lists[split][1].append(entry)
-    return lists
-
-
-def write_data_lists(lists, label_map, output_folder):
+def write_data_lists(lists, label_map, output_folder, coco_ids=None, dropped=None):
     """Write what `label_objects` returns, and the label map, as the JSON lists that the data set reads.
 
-    Lists of a split that is not written are removed: they would belong to other data.
+    Files of the folder that are not written now are removed: they would belong to other data.
+
+    :param coco_ids: split -> what `sources.coco_ids` returns
+    :param dropped: what `annotations.drop_invalid` returns, for dropped.json
     """
-    files = {"label_map": label_map}
+    files = {os.path.join(output_folder, "label_map.json"): label_map}
     for split, (images, objects) in lists.items():
-        files |= {f"{split}_images": images, f"{split}_objects": objects}
+        files |= zip(_list_files(output_folder, split), (images, objects), strict=True)
+    files |= {coco_file(output_folder, split): ids for split, ids in (coco_ids or {}).items() if ids}
+    files |= {os.path.join(output_folder, "dropped.json"): dropped} if dropped else {}
     make_folder(output_folder)
-    write_json({os.path.join(output_folder, f"{name}.json"): value for name, value in files.items()})
+    write_json(files)
+    earlier = {os.path.join(output_folder, name) for name in ("dropped.json", "leaks.jpg", "preview.jpg")}
     for split in SPLITS:
-        if split not in lists:
-            for path in _list_files(output_folder, split):
-                with suppress(FileNotFoundError):
-                    os.remove(path)
+        earlier |= {*_list_files(output_folder, split), coco_file(output_folder, split)}
+    for path in earlier - files.keys():
+        with suppress(FileNotFoundError):
+            os.remove(path)
 
 
 def _list_files(data_folder, split):
     """Return the paths of a split's lists: images, objects."""
     return [os.path.join(data_folder, f"{split}_{name}.json") for name in ("images", "objects")]
+
+
+def coco_file(data_folder, split):
+    """Return the path of the file with COCO's own ids of a split."""
+    return os.path.join(data_folder, f"{split}_coco.json")
 
 
 def has_split(data_folder, split):
@@ -132,7 +85,7 @@ def read_data_lists(data_folder, split):
     for path, entry in zip(images, objects, strict=True):
         if not _is_valid_entry(entry, len(label_map)):
             raise InputError(f"{object_file}: the objects of {path} are not valid; run create_data_lists.py again")
-    return images, objects, label_map
+    return SharedPaths(images), SharedObjects(objects), label_map
 
 
 def _is_valid_entry(entry, n_classes):
@@ -148,3 +101,71 @@ def _is_valid_entry(entry, n_classes):
     except (KeyError, TypeError, ValueError):
         return False
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Lists in tensors
+# ---------------------------------------------------------------------------------------------------------
+
+# A process that reads a Python object writes its reference count, which copies the object's memory into that process.
+# Tensors are not copied, whether the loading processes are forked or spawned.
+
+
+class _SharedList(Sequence):
+    """A list in tensors: one with the entries' parts in a row, and where in it each entry begins."""
+
+    def __init__(self, lengths):
+        self.offsets = torch.tensor([0, *accumulate(lengths)])
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def span(self, index):
+        """Return the slice of the tensors that holds an entry."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        first, last = self.offsets[index % len(self) :][:2].tolist()
+        return slice(first, last)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.entry(self.span(position)) for position in range(*index.indices(len(self)))]
+        return self.entry(self.span(index))
+
+
+class SharedPaths(_SharedList):
+    """A read-only list of paths, strings."""
+
+    def __init__(self, paths):
+        encoded = [path.encode("utf-8", "surrogatepass") for path in paths]
+        super().__init__(map(len, encoded))
+        self.characters = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+
+    def entry(self, span):
+        """Return the path in a slice of the tensor."""
+        return bytes(self.characters[span].numpy()).decode("utf-8", "surrogatepass")
+
+
+class SharedObjects(_SharedList):
+    """A read-only list of entries, the objects of one image each: a dict with "boxes", "labels" and "difficulties".
+
+    `boxes` (n, 4), float64 pixels, `labels` (n,) and `difficulties` (n,) are those of all images, `span(index)` the
+    slice of one.
+    """
+
+    def __init__(self, entries):
+        super().__init__(len(entry["labels"]) for entry in entries)
+        n_objects = int(self.offsets[-1])
+        boxes = chain.from_iterable(entry["boxes"] for entry in entries)
+        boxes = np.fromiter(chain.from_iterable(boxes), np.float64, 4 * n_objects)
+        self.boxes = torch.from_numpy(boxes.reshape(-1, 4))
+        self.labels, self.difficulties = (
+            torch.from_numpy(np.fromiter(chain.from_iterable(entry[key] for entry in entries), dtype, n_objects))
+            for key, dtype in (("labels", np.int64), ("difficulties", np.uint8))
+        )
+
+    def entry(self, span):
+        """Return the objects in a slice of the tensors as they stand in a list, whole numbers without a point."""
+        boxes = self.boxes[span].tolist()
+        boxes = [[int(value) if value.is_integer() else value for value in box] for box in boxes]
+        return {"boxes": boxes, "labels": self.labels[span].tolist(), "difficulties": self.difficulties[span].tolist()}
