@@ -1,0 +1,83 @@
+"""Where annotations come from: the sources of a command line, in VOC's, COCO's or YOLO's format.
+
+annotations = read_sources(["VOCdevkit/VOC2007:trainval", "mine/data.yaml"], "TRAIN")
+"""
+
+import os
+
+from support import coco, voc, yolo
+from support.annotations import UNREADABLE_IMAGE
+from support.files import InputError
+
+# The split of a source that is read if it names none; COCO's files have one each.
+VOC_SPLITS = {"TRAIN": "trainval", "VAL": "val", "TEST": "test"}
+YOLO_SPLITS = {"TRAIN": "train", "VAL": "val", "TEST": "test"}
+
+
+def read_sources(sources, split=None, zero_based=False, classes=None):
+    """Read annotations in any format.
+
+    :param sources: folders in VOC's layout, ROOT or ROOT:SPLIT; COCO's annotations, FILE.json or
+        FILE.json:IMAGE_FOLDER; YOLO's data sets, DATA.yaml or DATA.yaml:SPLIT
+    :param split: "TRAIN", "VAL" or "TEST", for sources that name no split; None for all images of each source
+    :param zero_based: whether VOC's annotations count pixels from 0
+    :param classes: names of the classes to read, others are ignored; None for all
+    :return: list of Annotation
+    :raises InputError: naming the source, if it cannot be read
+    """
+    annotations = []
+    for source in sources:
+        path, part = _parse_source(source)
+        suffix = os.path.splitext(path)[1].lower()
+        if os.path.isdir(path):
+            annotations += voc.read_split(path, part or VOC_SPLITS.get(split), zero_based, classes)
+        elif not os.path.isfile(path):
+            raise InputError(
+                f"{source}: no such folder or file; give a folder in VOC's layout (ROOT[:SPLIT]), a file of COCO's "
+                "(FILE.json[:IMAGE_FOLDER]) or of YOLO's (DATA.yaml[:SPLIT])"
+            )
+        elif suffix in (".yaml", ".yml"):
+            annotations += yolo.read_split(path, part or YOLO_SPLITS.get(split), classes)
+        else:
+            annotations += coco.read_file(path, part, classes)
+    return annotations
+
+
+def _parse_source(source):
+    """Return (path, what follows the last colon, or None); the path may contain colons itself."""
+    path, _, part = source.rpartition(":")
+    return (path, part) if path and part and not os.path.exists(source) else (source, None)
+
+
+def leave_out_crowds(annotations):
+    """Remove COCO's crowds, each one box around many objects, which cannot be trained on; in place."""
+    for annotation in annotations:
+        if annotation.image_id is not None:
+            annotation.objects = [part for part in annotation.objects if not part.difficult]
+
+
+def leave_out_objects(annotations):
+    """Remove all objects and their problems, for images that are not annotated; in place."""
+    for annotation in annotations:
+        annotation.objects = []
+        annotation.problems = [problem for problem in annotation.problems if problem[0] == UNREADABLE_IMAGE]
+
+
+def coco_ids(annotations, label_map):
+    """Return what COCO's own evaluation needs beside the lists, or None unless every image and class has an id.
+
+    :return: {"image_ids": one per image, "category_ids": {class name: id}, "areas": per image, of each object}
+    """
+    image_ids = [annotation.image_id for annotation in annotations]
+    if None in image_ids or len(set(image_ids)) < len(image_ids):
+        return None
+    category_ids = annotations[0].category_ids
+    names = [name for name in label_map if name != "background"]
+    is_common = all(annotation.category_ids == category_ids for annotation in annotations)
+    if not is_common or not category_ids.keys() >= set(names):
+        return None
+    return {
+        "image_ids": image_ids,
+        "category_ids": {name: category_ids[name] for name in names},
+        "areas": [[part.area for part in annotation.objects] for annotation in annotations],
+    }
