@@ -61,7 +61,7 @@ def parse_arguments(arguments=None):
         help="leave out objects that cannot be trained on and images that cannot be read (with --check), and list them "
         "in dropped.json")  # fmt: skip
     add("--unannotated", action="store_true",
-        help="the test images have no annotations; eval.py can only write --detections and --voc-results for them")  # fmt: skip
+        help="the test images have no annotations; eval.py can only write their detections")  # fmt: skip
     add("--zero-based", action="store_true", help="annotations in VOC's layout count pixels from 0, not from 1")
     add("--check", action="store_true", help="read all images too, and report what is wrong or odd")
     add("--preview", type=int, metavar="N",

@@ -9,10 +9,11 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
+from support.annotations import label_objects
 from support.files import InputError, make_folder, read_json
 from support.labels import make_label_map
-from support.lists import label_objects, write_data_lists
-from support.voc import read_annotations, read_split
+from support.lists import write_data_lists
+from support.voc import read_split
 
 SAMPLE_LABELS = ("disc", "rectangle", "triangle", "star", "ring")
 SAMPLE_SIZES = ((320, 240), (240, 320), (300, 300), (400, 300))  # (width, height) of images, pixels
@@ -44,7 +45,7 @@ def make_sample(output_folder, n_train=240, n_test=60, n_val=0, by_heart=False, 
         image.save(os.path.join(root, "JPEGImages", f"{number:06}.jpg"), quality=90)
         annotation.write(os.path.join(root, "Annotations", f"{number:06}.xml"))
     train, test, validation = numbers[:n_train], numbers[n_train:][:n_test], numbers[n_train + n_test :]
-    pairs = {}
+    splits = {}
     for split, name, part in (
         ("TRAIN", "trainval", train),
         ("VAL", "val", train if by_heart else validation),
@@ -53,8 +54,8 @@ def make_sample(output_folder, n_train=240, n_test=60, n_val=0, by_heart=False, 
         if part:
             with open(os.path.join(root, "ImageSets", "Main", f"{name}.txt"), "w", encoding="utf-8") as file:
                 file.writelines(f"{number:06}\n" for number in part)
-            pairs[split] = read_split(root, name)
-    lists = label_objects(read_annotations(pairs), label_map)
+            splits[split] = read_split(root, name)
+    lists = label_objects(splits, label_map)
     write_data_lists(lists, label_map, output_folder)
     return lists
 
