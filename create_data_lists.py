@@ -108,11 +108,11 @@ def _parse_share(sources):
         share = float(sources[0]) if sources else None
     except ValueError:
         return None
-    if share is None or len(sources) > 1 or os.path.isdir(sources[0]):
+    if share is None or len(sources) > 1:
         return None
-    if not 0 < share < 1:
+    if not 0 < share < 1 and not os.path.isdir(sources[0]):
         raise InputError(f"--validation {sources[0]}: a share must lie between 0 and 1")
-    return share
+    return share if 0 < share < 1 else None
 
 
 def _complete_sources(settings):

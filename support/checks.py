@@ -73,8 +73,8 @@ def check_images(splits):
     """Read all images, with one process per core; enter their sizes and problems in their annotations.
 
     :param splits: {"TRAIN": annotations, "TEST": the same ...}
-    :return: a dict, problem -> lines that name the file, of what is worth a look; and near copies, the closest first:
-        (distance, path of an image, path of one in an earlier split)
+    :return: a dict, problem -> lines that name the file, of what is worth a look; and images that are nearly the same,
+        the closest first, as `leaks.draw_near_copies` takes them
     :raises InputError: if a process was killed
     """
     paths = sorted({annotation.image for annotations in splits.values() for annotation in annotations})
@@ -104,20 +104,20 @@ def check_images(splits):
     }
     for one, other in itertools.combinations(splits, 2):
         digests = {facts[path][1]: path for path in readable[one]}
-        copies = [(path, digests[facts[path][1]]) for path in readable[other] if facts[path][1] in digests]
-        twins = [f"{path}: same as {twin}" for path, twin in copies if path != twin]
-        odd[f"same image in {one} and {other}"] += twins
-        exact = {path for path, _ in copies}
-        rest = [path for path in readable[other] if path not in exact]
-        hashes = [np.array([facts[path][2] for path in part]) for part in (readable[one], rest)]
-        pairs = [
-            (distance, rest[second], readable[one][first]) for second, first, distance in find_near_copies(*hashes)
+        copies = {path: digests[facts[path][1]] for path in readable[other] if facts[path][1] in digests}
+        odd[f"same image in {one} and {other}"] += [
+            f"{path}: same as {twin}" for path, twin in copies.items() if path != twin
         ]
-        share = len(pairs) / max(1, len(readable[other]))
-        problem = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
-        odd[problem] += [f"{path}: like {near}" for _, path, near in pairs]
-        near_copies += pairs
-    return _without_duplicates(odd), sorted(near_copies)
+        rest = [path for path in readable[other] if path not in copies]
+        hashes = [np.array([facts[path][2] for path in paths]) for paths in (readable[one], rest)]
+        pairs = find_near_copies(*hashes) if all(map(len, hashes)) else []
+        problem = f"nearly the same image in {one} and {other}, {len(pairs) / max(1, len(rest)):.1%} of {other}"
+        for index, twin_index, distance in pairs:
+            path, twin = rest[index], readable[one][twin_index]
+            odd[problem].append(f"{path}: like {twin}")
+            near_copies.append((other, path, one, twin, distance))
+    near_copies.sort(key=lambda pair: pair[-1])
+    return _without_duplicates(odd), near_copies
 
 
 class _ImageFacts(list):

@@ -102,7 +102,8 @@ def read_split(root, split=None, zero_based=False, classes=None):
             source = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
             lines = [line.strip() for line in read_text(source).split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: cannot be read ({error}); {root} must be a folder in VOC's layout") from error
+        kind = "split" if split else "folder"
+        raise InputError(f"{source}: cannot read this {kind} ({error}); {root} must be in VOC's layout") from error
     if not lines:
         raise InputError(f"{source}: names no images; add some")
     annotations = []

@@ -17,27 +17,29 @@ import create_data_lists as script
 from datasets import PascalVOCDataset
 from model import FEATURE_MAPS, PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
 from support import checks
-from support.checks import best_prior_overlaps, check, preview, print_problems
+from support.annotations import Annotation, label_objects, split_at_random
+from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.files import InputError
 from support.labels import make_label_map
-from support.lists import label_objects
 from support.priors import find_priors, fit_scales
-from support.voc import find_annotated_images, read_annotation, read_annotations, read_split, split_at_random
+from support.voc import read_annotation, read_split
 from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy, find_jaccard_overlap, jaccard_overlap
 
 CLASSES = make_label_map(["bolt", "nut"])
 FAMILIES = [(size, name) for size, families in PRIOR_FAMILIES.items() for name in families]
 
 
-def check_splits(splits, **options):
-    """Check with the default priors."""
+def check_splits(splits, with_images=False, **options):
+    """Check with the default priors; return what makes training impossible, what is odd, and the overlaps."""
     priors = [feature_map.numpy() for feature_map in split_by_feature_map(create_prior_boxes())]
-    return check(splits, CLASSES, priors, jaccard_overlap, **options)
+    odd_images = check_images(splits)[0] if with_images else {}
+    breaking, odd, objects = check(splits, CLASSES, priors, jaccard_overlap, **options)
+    return breaking, odd_images | odd, objects
 
 
 def read_splits(root):
     """Read the annotations of a VOC folder's splits trainval and test."""
-    return read_annotations({"TRAIN": read_split(root, "trainval"), "TEST": read_split(root, "test")})
+    return {"TRAIN": read_split(root, "trainval"), "TEST": read_split(root, "test")}
 
 
 def draw_preview(dataset, n, seed=0):
@@ -138,7 +140,7 @@ def test_automatic_classes_are_sorted_and_come_from_all_splits(folder, tmp_path)
     assert prepare(*arguments)["TEST"].label_map == CLASSES
     data = prepare(*arguments, "--validation", root)
     assert data["VAL"].label_map == make_label_map(["axle", "bolt", "nut"])
-    assert data["VAL"].objects == [{"boxes": [[10, 10, 59, 59]], "labels": [1], "difficulties": [0]}]
+    assert list(data["VAL"].objects) == [{"boxes": [[10, 10, 59, 59]], "labels": [1], "difficulties": [0]}]
 
 
 def test_unknown_classes_are_refused_with_their_counts_or_ignored(folder, tmp_path):
@@ -150,18 +152,17 @@ def test_unknown_classes_are_refused_with_their_counts_or_ignored(folder, tmp_pa
         prepare(*arguments)
     assert not (tmp_path / "lists").exists()
     data = prepare(*arguments, "--ignore-unknown")
-    assert [entry["labels"] for entry in data["TRAIN"].objects + data["TEST"].objects] == [[1], [1]]
+    assert [entry["labels"] for part in data.values() for entry in part.objects] == [[1], [1]]
     assert data["TRAIN"].objects[0]["boxes"] == [[30, 20, 89, 69]]
 
 
 def test_pixels_count_from_one_unless_the_annotations_are_zero_based(tmp_path, folder):
     path = folder({"trainval": {"a.jpg": xml(("bolt", 0, 0.5, 99.5, 80))}}) / "Annotations" / "a.xml"
-    assert read_annotation(path)["boxes"] == [[0, 0, 98.5, 79]]
-    assert read_annotation(path)["n_below"] == 1
-    assert read_annotation(path, zero_based=True)["boxes"] == [[0, 0.5, 99.5, 80]]
-    assert read_annotation(path, zero_based=True)["n_below"] == 0
+    one_based, zero_based = read_annotation(path), read_annotation(path, zero_based=True)
+    assert (one_based.objects[0].box, one_based.n_below) == ([0, 0, 98.5, 79], 1)
+    assert (zero_based.objects[0].box, zero_based.n_below) == ([0, 0.5, 99.5, 80], 0)
     path.write_text(xml(("bolt", 1, 1, 9, 9), ("nut", -0.1, 1, 9, 9)))
-    assert [read_annotation(path, zero_based)["n_below"] for zero_based in (False, True)] == [1, 1]
+    assert [read_annotation(path, zero_based).n_below for zero_based in (False, True)] == [1, 1]
 
 
 def test_zero_based_annotations_are_noticed_and_read_with_the_option(folder, tmp_path, capsys):
@@ -178,20 +179,19 @@ def test_zero_based_annotations_are_noticed_and_read_with_the_option(folder, tmp
 
 def test_a_random_split_depends_on_its_seed_and_contains_all_images(folder):
     roots = [folder({"x": {f"{i}.jpg": xml() for i in range(n)}}, name) for name, n in (("one", 7), ("two", 4))]
-    pairs = find_annotated_images(roots)
-    train, test = split_at_random(pairs, 0.8, 3, "--split")
+    annotations = [annotation for root in roots for annotation in read_split(root)]
+    train, test = split_at_random(annotations, 0.8, 3, "--split")
     assert (len(train), len(test)) == (9, 2)
-    assert len(set(train + test)) == 11
-    assert all(image.rsplit("/", 2)[1] == "JPEGImages" for image, _ in train + test)
-    assert split_at_random(pairs, 0.8, 3, "--split") == (train, test)
-    assert split_at_random(pairs, 0.8, 4, "--split") != (train, test)
-    assert [len(part) for part in split_at_random(pairs, 0.001, 0, "--split")] == [1, 10]
-    assert [len(part) for part in split_at_random(pairs, 0.999, 0, "--split")] == [10, 1]
+    assert len({annotation.image for annotation in train + test}) == 11
+    assert split_at_random(annotations, 0.8, 3, "--split") == (train, test)
+    assert split_at_random(annotations, 0.8, 4, "--split") != (train, test)
+    assert [len(part) for part in split_at_random(annotations, 0.001, 0, "--split")] == [1, 10]
+    assert [len(part) for part in split_at_random(annotations, 0.999, 0, "--split")] == [10, 1]
     with pytest.raises(InputError, match="--split: cannot divide fewer than two"):
-        split_at_random(pairs[:1], 0.5, 0, "--split")
+        split_at_random(annotations[:1], 0.5, 0, "--split")
     (roots[1] / "JPEGImages" / "2.jpg").unlink()
-    with pytest.raises(InputError, match=r"2\.xml: no image of this name"):
-        find_annotated_images(roots)
+    with pytest.raises(InputError, match=r"2\.jpg: no such image, but .*Annotations names it"):
+        label_objects({"TRAIN": read_split(roots[1])}, CLASSES)
 
 
 def test_the_seed_of_the_command_line_decides_the_random_split(folder, tmp_path):
@@ -205,16 +205,16 @@ def test_the_seed_of_the_command_line_decides_the_random_split(folder, tmp_path)
 
 def test_the_images_of_a_random_split_do_not_depend_on_the_order_of_the_folder(folder, monkeypatch):
     root = folder({"x": {f"{number}.jpg": xml() for number in range(5)}})
-    expected = find_annotated_images([root])
+    expected = read_split(root)
     names = os.listdir(root / "Annotations")
     for order in (sorted(names), sorted(names, reverse=True)):
         monkeypatch.setattr(os, "listdir", lambda _, order=order: order)
-        assert find_annotated_images([root]) == expected
+        assert read_split(root) == expected
 
 
 def test_of_several_images_with_one_name_the_jpeg_is_used(folder):
     root = folder({"trainval": {"a.png": xml()}, "test": {"a.jpg": xml()}, "more": {"a.bmp": xml()}})
-    assert read_split(root, "trainval")[0][0].endswith("a.jpg")
+    assert read_split(root, "trainval")[0].image.endswith("a.jpg")
 
 
 def test_an_image_name_may_include_sub_folders(folder):
@@ -223,7 +223,8 @@ def test_an_image_name_may_include_sub_folders(folder):
         (root / part / "s").mkdir()
         (root / part / f"a.{suffix}").rename(root / part / "s" / f"b.{suffix}")
     (root / "ImageSets" / "Main" / "x.txt").write_text("s/b\n")
-    assert read_split(root, "x") == [(str(root / "JPEGImages/s/b.jpg"), str(root / "Annotations/s/b.xml"))]
+    (annotation,) = read_split(root, "x")
+    assert (annotation.image, annotation.path) == (f"{root}/JPEGImages/s/b.jpg", f"{root}/Annotations/s/b.xml")
 
 
 def test_file_names_may_have_any_encoding(folder, tmp_path):
@@ -324,9 +325,9 @@ def test_downloaded_data_can_be_validated_on_its_own_splits(folder, tmp_path, mo
     monkeypatch.setattr("sys.argv", ["create_data_lists.py", *map(str, arguments)])
     script.main()
     images = {split: PascalVOCDataset(tmp_path / "out", split).images for split in ("TRAIN", "VAL", "TEST")}
-    assert images["TRAIN"] == [str(root / "JPEGImages" / "a.jpg") for root in roots]
-    assert images["VAL"] == [str(root / "JPEGImages" / "b.jpg") for root in roots]
-    assert images["TEST"] == [str(roots[0] / "JPEGImages" / "c.jpg")]
+    assert list(images["TRAIN"]) == [str(root / "JPEGImages" / "a.jpg") for root in roots]
+    assert list(images["VAL"]) == [str(root / "JPEGImages" / "b.jpg") for root in roots]
+    assert list(images["TEST"]) == [str(roots[0] / "JPEGImages" / "c.jpg")]
 
 
 def test_one_training_image_cannot_be_divided(divided, tmp_path):
@@ -340,7 +341,7 @@ def test_a_folder_whose_name_is_a_number_is_a_source_unless_it_looks_like_a_shar
     monkeypatch.chdir(divided.parent)
     divided.rename("2007")
     arguments = ["--voc07", "2007", "--output-folder", "lists", "--validation"]
-    assert len(script.find_images(script.parse_arguments([*arguments, "2007"]))["VAL"]) == 5
+    assert len(script.read_splits(script.parse_arguments([*arguments, "2007"]), None)["VAL"]) == 5
     assert script.parse_arguments([*arguments, "0.2"]).validation_share == 0.2
 
 
@@ -348,7 +349,9 @@ def test_a_folder_whose_name_is_a_number_is_a_source_unless_it_looks_like_a_shar
 def test_a_line_of_a_split_may_have_a_suffix_or_a_flag(line, folder):
     root = folder({"trainval": {"a.jpg": xml()}})
     (root / "ImageSets" / "Main" / "s.txt").write_text(line + "\n\n")
-    assert read_split(root, "s") == [(str(root / "JPEGImages" / "a.jpg"), str(root / "Annotations" / "a.xml"))]
+    (annotation,) = read_split(root, "s")
+    assert (annotation.image, annotation.path) == (f"{root}/JPEGImages/a.jpg", f"{root}/Annotations/a.xml")
+    assert annotation.problems == []
 
 
 @pytest.mark.parametrize("line", ["b", "../Annotations/a", "/etc/passwd", "a/../a", "a.2", "a 3", "a (copy)", "s/a"])
@@ -356,15 +359,15 @@ def test_a_line_of_a_split_without_an_image_is_refused(line, folder):
     root = folder({"trainval": {"a.jpg": xml()}})
     (root / "ImageSets" / "Main" / "s.txt").write_text(line)
     with pytest.raises(InputError, match="no such image, but .*s.txt names it"):
-        read_split(root, "s")
+        label_objects({"TRAIN": read_split(root, "s")}, CLASSES)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give one of --train"),
-        (["--train", "a"], "needs either --test ROOT.:SPLIT. or --split"),
-        (["--train", "a", "--test", "b", "--split", "0.5"], "needs either --test ROOT.:SPLIT. or --split"),
+        (["--train", "a"], "needs either --test SOURCE or --split"),
+        (["--train", "a", "--test", "b", "--split", "0.5"], "needs either --test SOURCE or --split"),
         (["--train", ".", "--split", "1.5"], "between 0 and 1"),
         (["--voc07", "a", "--split", "0.5"], "--test and --split need --train"),
         (["--voc12", "a", "--train", ".", "--split", "0.5"], "--voc12 needs --voc07"),
@@ -372,7 +375,6 @@ def test_a_line_of_a_split_without_an_image_is_refused(line, folder):
         (["--sample", "--preview", "0"], "1 to 200"),
         (["--sample", "--check"], "--check need --train"),
         (["--preview", "2", "--labels", "x"], "--check need --train"),
-        (["--train", "a:b", "--split", "0.5"], "a:b: no such folder"),
         (["--sample", "--validation", "0.1"], "--validation, .* need --train"),
         (["--voc07", "a", "--validation", "1.5"], "--validation 1.5: a share must lie between 0 and 1"),
         (["--voc07", "a", "--validation", "nan"], "between 0 and 1"),
@@ -467,19 +469,21 @@ def test_images_that_two_of_three_splits_share_are_reported_for_each_pair(folder
     root = folder(
         {"trainval": {"a.jpg": xml(BOLT, NUT)}, "val": {"b.jpg": xml(BOLT, NUT)}, "test": {"c.jpg": xml(BOLT, NUT)}}
     )
-    pairs = {split: read_split(root, name) for split, name in (("TRAIN", "trainval"), ("VAL", "val"), ("TEST", "test"))}
-    assert check_splits(read_annotations(pairs), with_images=True)[1] == {}
-    (a,), (b,), (c,) = pairs.values()
+    splits = {
+        split: read_split(root, name) for split, name in (("TRAIN", "trainval"), ("VAL", "val"), ("TEST", "test"))
+    }
+    assert check_splits(splits, with_images=True)[1] == {}
+    (a,), (b,), (c,) = splits.values()
     shared = {"TRAIN": [a, b], "VAL": [b, c], "TEST": [c, a]}
-    expected = {"TRAIN and VAL": [b[0]], "TRAIN and TEST": [a[0]], "VAL and TEST": [c[0]]}
-    odd = check_splits(read_annotations(shared), with_images=True)[1]
+    expected = {"TRAIN and VAL": [b.image], "TRAIN and TEST": [a.image], "VAL and TEST": [c.image]}
+    odd = check_splits(shared, with_images=True)[1]
     assert odd == {f"same file in {splits}": paths for splits, paths in expected.items()}
-    for path in (b[0], c[0]):
-        Path(path).write_bytes(Path(a[0]).read_bytes())
-    odd = check_splits(read_annotations(pairs), with_images=True)[1]
+    for annotation in (b, c):
+        Path(annotation.image).write_bytes(Path(a.image).read_bytes())
+    odd = check_splits(splits, with_images=True)[1]
     twins = {"TRAIN and VAL": (b, a), "TRAIN and TEST": (c, a), "VAL and TEST": (c, b)}
     assert odd == {
-        f"same image in {splits}": [f"{one[0]}: same as {other[0]}"] for splits, (one, other) in twins.items()
+        f"same image in {splits}": [f"{one.image}: same as {other.image}"] for splits, (one, other) in twins.items()
     }
 
 
@@ -516,8 +520,9 @@ def test_overlaps_with_priors_are_computed_with_the_images_size(folder, tmp_path
     printed = capsys.readouterr().out
     assert "TRAIN: 25.0% of objects overlap no prior by 0.5 (--size 300 --priors paper)" in printed
     assert "TEST: 0.0% of objects" in printed
-    annotation = {"path": "", "names": ["nut"], "boxes": [[10, 10, 30, 15]], "size": (40, 20), "n_below": 0}
-    splits = {"TRAIN": ([""], [annotation | {"problems": []}]), "TEST": ([], [])}
+    annotation = Annotation("", "", size=(40, 20))
+    annotation.add(1, "nut", [10, 10, 30, 15])
+    splits = {"TRAIN": [annotation], "TEST": []}
     boxes, overlaps = check_splits(splits)[2]["TRAIN"]
     fractional = [[10 / 40, 10 / 20, 30 / 40, 15 / 20]]
     expected = find_jaccard_overlap(torch.tensor(fractional), cxcy_to_xy(create_prior_boxes())).max().item()
@@ -762,12 +767,11 @@ def test_an_object_is_too_small_if_it_is_smaller_than_all_priors_and_matches_non
     pixels = (1000 * np.concatenate([corners, corners + shapes], axis=1)).tolist()
     best = find_jaccard_overlap(torch.tensor(pixels) / 1000, cxcy_to_xy(create_prior_boxes())).max(dim=1).values.numpy()
     parts = [slice(0, 90), slice(90, 90), slice(90, 200)]  # of images, one without objects
-    annotations = [
-        {"path": f"{part.start}.xml", "names": ["nut"] * len(pixels[part]), "boxes": pixels[part],
-         "size": (1000, 1000), "problems": [], "n_below": 0}
-        for part in parts
-    ]  # fmt: skip
-    _, odd, _ = check_splits({"TRAIN": (["a", "b", "c"], annotations), "TEST": ([], [])})
+    annotations = [Annotation("", f"{part.start}.xml", size=(1000, 1000)) for part in parts]
+    for annotation, part in zip(annotations, parts, strict=True):
+        for number, box in enumerate(pixels[part], start=1):
+            annotation.add(number, "nut", box)
+    _, odd, _ = check_splits({"TRAIN": annotations, "TEST": []})
     lines = next(lines for title, lines in odd.items() if "too small" in title)
     reported = set()
     for line in lines:
@@ -775,7 +779,7 @@ def test_an_object_is_too_small_if_it_is_smaller_than_all_priors_and_matches_non
         reported.add(int(first) + int(number) - 1)
     assert reported == {index for index in range(200) if best[index] < 0.5 and shapes[index].prod() < 0.01}
     assert 20 < len(reported) < 180
-    smaller_threshold = check_splits({"TRAIN": (["a", "b", "c"], annotations), "TEST": ([], [])}, threshold=0.3)[1]
+    smaller_threshold = check_splits({"TRAIN": annotations, "TEST": []}, threshold=0.3)[1]
     assert 0 < len(next(lines for title, lines in smaller_threshold.items() if "too small" in title)) < len(lines)
 
 
@@ -824,5 +828,6 @@ def test_broken_input_works_or_is_reported_by_name(first):
 @pytest.mark.parametrize("side", ["1e-320", "0", "-5", "nan", "1e12", "x"])
 def test_an_impossible_image_size_is_ignored(side, folder):
     path = folder({"trainval": {"a.jpg": xml(BOLT, size=(side, 80))}}) / "Annotations" / "a.xml"
-    assert read_annotation(path)["size"] is None
-    assert read_annotation(path)["boxes"] == [[10, 10, 59, 59]]
+    annotation = read_annotation(path)
+    assert annotation.size is None
+    assert [part.box for part in annotation.objects] == [[10, 10, 59, 59]]
