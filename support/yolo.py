@@ -52,7 +52,7 @@ def _read_yaml(path):
         classes = {int(index): " ".join(name.split()) for index, name in names.items()}
         if "" in classes.values() or len(set(classes.values())) < len(names):
             raise ValueError("names has an empty name, or one twice")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: cannot read this data.yaml ({reason:.300}); correct it") from error
     return {key: value for key, value in config.items() if value not in ("", "~", "null")}, classes
