@@ -36,6 +36,7 @@ from support.devices import (
     sum_over_processes,
 )
 from support.files import CommandParser, InputError, check_outputs, run_command, write_json
+from support.images import read_size
 from support.labels import find_label
 from support.lists import SPLITS
 from support.report import import_report_packages, write_report
@@ -45,11 +46,11 @@ from support.results import (
     coco_scores,
     count_objects,
     image_names,
-    image_sizes,
     import_pycocotools,
     make_evidence,
     name_voc_results,
     print_results,
+    read_coco_ids,
     read_evidence,
     show_scores,
     write_voc_results,
@@ -95,10 +96,9 @@ def parse_arguments(arguments=None):
     add("--report", metavar="DIR", help="write a page with curves, confusions and the worst mistakes to this folder")
     add("--voc-results", metavar="DIR", help="write the files that VOC's own evaluations read to this folder")
     add("--detections", metavar="FILE", help="write the detections in COCO's results format")
-    add("--coco", action="store_true", help="also print COCO's average precision (needs pycocotools)")
+    add("--coco", action="store_true", help="also print COCO's twelve figures (needs pycocotools)")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% interval of the mAP from N samples of the images")
-    add("--against", metavar="FILE",
-        help="difference to another --results file, with its 95%% interval [1000 samples]")  # fmt: skip
+    add("--against", metavar="FILE", help="difference to another --results file, with 95%% interval [1000 samples]")
     settings = parser.parse_args(arguments)
 
     if settings.batch_size < 1 or settings.workers < 0 or settings.bootstrap < 0:
@@ -116,7 +116,7 @@ def parse_arguments(arguments=None):
         import_pycocotools()
     sources = choose_sources(settings.checkpoint, settings.data_folder)
     settings.checkpoint, settings.data_folder, settings.chosen_on = sources
-    names = (f"{settings.split}_images.json", f"{settings.split}_objects.json", "label_map.json")
+    names = ["label_map.json", *(f"{settings.split}_{part}.json" for part in ("images", "objects", "coco"))]
     lists = [os.path.join(settings.data_folder, name) for name in names]
     inputs = [settings.checkpoint, *lists, *filter(None, [settings.against])]
     check_outputs(settings.results, settings.detections, folders=[settings.report, settings.voc_results], inputs=inputs)
@@ -331,13 +331,14 @@ def run(settings, device):
     model = load_model(settings.checkpoint, device, dataset.label_map)
     dataset.size, dataset.antialias = model.size, settings.antialias
     adopt_classes(model, dataset.label_map, settings)
-    names, other = image_names(dataset.images), None
-    if settings.bootstrap:
-        n_objects = count_objects(dataset.objects, dataset.label_map)
-        if not n_objects:
-            message = f"the {settings.split} split of {settings.data_folder} has no objects to detect"
-            raise InputError(f"--bootstrap, --against: {message}")
-        other = read_evidence(settings.against, names, n_objects) if settings.against else None
+    names, objects = image_names(dataset.images), dataset.objects
+    n_objects = count_objects(objects, dataset.label_map)
+    if not n_objects and (settings.coco or settings.report or settings.bootstrap):
+        message = f"the {settings.split} split of {settings.data_folder} has no objects to detect"
+        raise InputError(f"--coco, --report, --bootstrap, --against: {message}; leave these options out")
+    other = read_evidence(settings.against, names, n_objects) if settings.against else None
+    needs_ids = settings.coco or settings.detections
+    ids = read_coco_ids(settings.data_folder, settings.split, names, objects, dataset.label_map) if needs_ids else None
     if settings.voc_results:
         name_voc_results(settings.voc_results, names, dataset.label_map, settings.split)
 
@@ -361,23 +362,23 @@ def run(settings, device):
         results["note"] = f"{note}; for an honest one, {remedy}."
 
     # Print and write. The results file comes first, so that a later failure cannot lose it.
-    evidence = make_evidence(curves)
-    basis = {"image_names": names, "evidence": evidence}
+    basis = {"image_names": names, "evidence": make_evidence(curves)}
     if settings.results:
         write_json({settings.results: results | basis})
     print_results(results, curves)
     if settings.bootstrap:
-        results["significance"] = print_significance(evidence, settings.bootstrap, other, settings.against)
-    sizes = image_sizes(dataset.images) if settings.coco or settings.voc_results or settings.detections else None
+        results["significance"] = print_significance(basis["evidence"], settings.bootstrap, other, settings.against)
+    sizes = [read_size(path) for path in dataset.images] if ids or settings.voc_results else None
+    if settings.voc_results:
+        write_voc_results(settings.voc_results, detections, names, sizes, model.label_map, settings.split)
+    in_coco_format = coco_results(detections, sizes, ids) if ids else None
+    if settings.detections:
+        write_json({settings.detections: in_coco_format})
     if settings.coco:
-        results["coco"] = coco_scores(detections, ground_truth, names, sizes, model.label_map)
+        results["coco"] = coco_scores(in_coco_format, objects, ids)
         print(f"\nCOCO's rules: {show_scores(results['coco'])}")
     if settings.results:
         write_json({settings.results: results | basis})
-    if settings.voc_results:
-        write_voc_results(settings.voc_results, detections, names, sizes, model.label_map, settings.split)
-    if settings.detections:
-        write_json({settings.detections: coco_results(detections, names, sizes)})
     if settings.report:
         others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
         write_report(settings.report, evaluation._replace(results=results), others, dataset, MIN_TRUE_OVERLAP)

@@ -1,30 +1,24 @@
 """Result files of VOC, of COCO and of eval.py, COCO's scores, and what eval.py prints.
 
-write_voc_results("results", detections, image_names(paths), image_sizes(paths), label_map, "TEST")
-scores = coco_scores(detections, ground_truth, image_names(paths), image_sizes(paths), label_map)
+write_voc_results("results", detections, image_names(paths), sizes, label_map, "TEST")
+ids = read_coco_ids("data/coco", "VAL", image_names(paths), dataset.objects, label_map)
+scores = coco_scores(coco_results(detections, sizes, ids), dataset.objects, ids)
 
-`detections` are boxes, labels and scores, `ground_truth` boxes, labels and difficulties: three lists each, with one
-tensor per image: boxes (n, 4), fractional xy; all others (n,).
+`detections` are boxes, labels and scores: three lists with one tensor per image, boxes (n, 4), fractional xy, the
+others (n,). `sizes` are (width, height) of the images in pixels, `objects` the SharedObjects of a data set.
 """
 
 import contextlib
 import io
 import itertools
+import math
 import os
+from collections import namedtuple
 
 import numpy as np
-from PIL import ExifTags
 
 from support.files import InputError, import_optional, make_folder, read_json, write_files
-from support.images import open_image
-from support.labels import label_names
-
-# ---------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------
-
-
-NO_LIMIT = 10**6  # detections per image: as many as there are
+from support.lists import coco_file
 
 
 def image_names(paths):
@@ -41,23 +35,6 @@ def image_names(paths):
         candidates = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
         unique[next(candidate for candidate in candidates if candidate not in unique)] = None
     return list(unique)
-
-
-def image_ids(names):
-    """Return the ids of images in COCO's files: their names if these are distinct numbers, else 1, 2, 3 ..."""
-    if all(name.isdecimal() for name in names) and len({int(name) for name in names}) == len(names):
-        return [int(name) for name in names]
-    return list(range(1, len(names) + 1))
-
-
-def image_sizes(paths):
-    """Return (width, height) of each image, upright."""
-    sizes = []
-    for path in paths:
-        with open_image(path) as image:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            sizes.append(image.size[::-1] if is_turned else image.size)
-    return sizes
 
 
 def pixel_boxes(boxes, size):
@@ -90,7 +67,7 @@ def name_voc_results(folder, names, label_map, split):
 def write_voc_results(folder, detections, names, sizes, label_map, split):
     """Write a file per class with a line per detection: image, score, box in 1-based pixels.
 
-    :param names, sizes: of the images, from `image_names` and `image_sizes`
+    :param names: of the images, from `image_names`
     :param split: 'TRAIN', 'VAL' or 'TEST'
     :raises InputError: as `name_voc_results` does
     """
@@ -109,34 +86,60 @@ def write_voc_results(folder, detections, names, sizes, label_map, split):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def _coco_boxes(boxes, size):
-    """Return boxes (n, 4), fractional xy, as lists x, y, width, height in 0-based pixels."""
-    boxes = pixel_boxes(boxes, size)
-    boxes[:, 2:] -= boxes[:, :2]
-    return boxes.tolist()
+# Average precision and recall, by overlap, size of the objects or detections per image; in the order of pycocotools.
+COCO_FIGURES = "AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
+
+# Of a split: the list of the images' ids, {label: id of the class}, and the list of the objects' areas, square pixels.
+CocoIds = namedtuple("CocoIds", "images categories areas")
 
 
-def coco_results(detections, names, sizes):
-    """Return the detections in COCO's results format, a list of plain dicts; parameters as for `write_voc_results`."""
+def read_coco_ids(data_folder, split, names, objects, label_map):
+    """Return CocoIds: those of COCO, from SPLIT_coco.json beside the lists, if this file exists.
+
+    Otherwise the ids of images are their names if these are distinct numbers, else 1, 2, 3 ...; the ids of classes are
+    their labels, and the areas are those of the boxes.
+
+    :param names: of the images, from `image_names`
+    :raises InputError: if the file does not fit the lists
+    """
+    path, remedy = coco_file(data_folder, split), "run create_data_lists.py again"
+    counts = objects.offsets.diff().tolist()
+    numbers = [int(name) for name in names if name.isdecimal()]
+    contents = {
+        "image_ids": numbers if len(set(numbers)) == len(names) else list(range(1, len(names) + 1)),
+        "category_ids": label_map, "areas": [[None] * count for count in counts],
+    }  # fmt: skip
+    if os.path.exists(path):
+        contents = read_json(path, remedy)
+    try:
+        images, categories, areas = (contents[key] for key in ("image_ids", "category_ids", "areas"))
+        categories = {label: categories[name] for name, label in label_map.items() if label}
+        if not len(set(images)) == len(images) == len(counts) or [len(part) for part in areas] != counts:
+            raise ValueError("ids or areas of other images")
+        areas = list(itertools.chain.from_iterable(areas))
+        are_integers = all(type(number) is int for number in [*images, *categories.values()])
+        if not are_integers or not all(area is None or 0 <= area < math.inf for area in areas):
+            raise ValueError("ids or areas that are none")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its ids or areas do not fit the {split} lists beside it; {remedy}") from error
+    box_areas = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(dim=1).tolist()
+    areas = [box_area if area is None else area for area, box_area in zip(areas, box_areas, strict=True)]
+    return CocoIds(images, categories, areas)
+
+
+def _coco_boxes(boxes):
+    """Return boxes (n, 4), an array of pixels, xy, as lists x, y, width, height."""
+    return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
+
+
+def coco_results(detections, sizes, ids):
+    """Return the detections in COCO's results format, a list of plain dicts."""
     results = []
-    for boxes, labels, scores, image_id, size in zip(*detections, image_ids(names), sizes, strict=True):
-        for box, label, score in zip(_coco_boxes(boxes, size), labels.tolist(), scores.tolist(), strict=True):
-            results.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+    for boxes, labels, scores, size, image_id in zip(*detections, sizes, ids.images, strict=True):
+        boxes = _coco_boxes(pixel_boxes(boxes, size))
+        for box, label, score in zip(boxes, labels.tolist(), scores.tolist(), strict=True):
+            results.append({"image_id": image_id, "category_id": ids.categories[label], "bbox": box, "score": score})
     return results
-
-
-def _coco_annotations(ground_truth, names, sizes):
-    """Return the objects as COCO's annotations, difficult ones as crowds."""
-    annotations = []
-    for boxes, labels, difficulties, image_id, size in zip(*ground_truth, image_ids(names), sizes, strict=True):
-        for box, label, flag in zip(_coco_boxes(boxes, size), labels.tolist(), difficulties.tolist(), strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1, "image_id": image_id, "category_id": label, "bbox": box,
-                    "area": box[2] * box[3], "iscrowd": flag,
-                }
-            )  # fmt: skip
-    return annotations
 
 
 def import_pycocotools():
@@ -145,39 +148,41 @@ def import_pycocotools():
     return data.COCO, evaluation.COCOeval
 
 
-def coco_scores(detections, ground_truth, names, sizes, label_map):
-    """Return COCO's average precisions {"AP", "AP50", "AP75"} by pycocotools, with difficult objects as crowds.
+def coco_scores(results, objects, ids):
+    """Return COCO's scores, {name in COCO_FIGURES: value}, by pycocotools, with difficult objects as crowds.
 
-    They are None if there is no object to detect.
+    A figure that has no objects to count is None.
 
+    :param results: from `coco_results`
     :raises InputError: if pycocotools is not installed
     """
     make_data, make_evaluation = import_pycocotools()
-    keys = ("AP", "AP50", "AP75")
-    annotations = _coco_annotations(ground_truth, names, sizes)
-    if all(annotation["iscrowd"] for annotation in annotations):
-        return dict.fromkeys(keys)
-    results = coco_results(detections, names, sizes)
-    if not results:
-        return dict.fromkeys(keys, 0.0)
-    truth = make_data()
-    truth.dataset = {
-        "images": [{"id": image_id} for image_id in image_ids(names)],
-        "categories": [{"id": label, "name": name} for name, label in label_map.items() if label],
-        "annotations": annotations,
-    }
+    columns = {
+        "image_id": np.repeat(ids.images, objects.offsets.diff().numpy()).tolist(),
+        "category_id": [ids.categories[label] for label in objects.labels.tolist()],
+        "bbox": _coco_boxes(objects.boxes.numpy()), "area": ids.areas, "iscrowd": objects.difficulties.tolist(),
+    }  # fmt: skip
+    annotations = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    results = [result | {"area": result["bbox"][2] * result["bbox"][3]} for result in results]
+    images, categories = ([{"id": number} for number in numbers] for numbers in (ids.images, ids.categories.values()))
+    truth, detected = make_data(), make_data()
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth.createIndex()
-        evaluation = make_evaluation(truth, truth.loadRes(results), "bbox")
+        for data, entries in ((truth, annotations), (detected, results)):
+            data.dataset = {"images": images, "categories": categories}
+            data.dataset["annotations"] = [entry | {"id": number} for number, entry in enumerate(entries, start=1)]
+            data.createIndex()
+        evaluation = make_evaluation(truth, detected, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(keys, evaluation.stats[:3].tolist(), strict=True))
+    figures = [None if value == -1 else value for value in evaluation.stats.tolist()]
+    return dict(zip(COCO_FIGURES, figures, strict=True))
 
 
 def show_scores(scores):
-    """Return {name: score or None} as a text."""
-    return ", ".join(f"{name} {'none' if value is None else f'{value:.4f}'}" for name, value in scores.items())
+    """Return {name: score or None} as a text, six to a line."""
+    shown = [f"{name} {'none' if value is None else f'{value:.4f}'}" for name, value in scores.items()]
+    return ",\n  ".join(", ".join(shown[start : start + 6]) for start in range(0, len(shown), 6))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -186,15 +191,12 @@ def show_scores(scores):
 
 
 def count_objects(objects, label_map):
-    """Return {class name: number of objects to detect in each image}, without classes that have none.
-
-    :param objects: a dict per image with "labels" and "difficulties"
-    """
-    names = label_names(label_map)
-    counts = {name: [0] * len(objects) for name in label_map}
-    for image, annotation in enumerate(objects):
-        for label, difficulty in zip(annotation["labels"], annotation["difficulties"], strict=True):
-            counts[names[label]][image] += difficulty == 0
+    """Return {class name: number of objects to detect in each image}, without classes that have none."""
+    images = np.repeat(np.arange(len(objects)), objects.offsets.diff().numpy())
+    counts = {}
+    for name, label in label_map.items():
+        counted = ((objects.labels == label) & (objects.difficulties == 0)).numpy()
+        counts[name] = np.bincount(images[counted], minlength=len(objects)).tolist()
     return {name: per_image for name, per_image in counts.items() if any(per_image)}
 
 
@@ -245,6 +247,7 @@ def read_evidence(path, names, n_objects):
 # What is printed
 # ---------------------------------------------------------------------------------------------------------
 
+NO_LIMIT = 10**6  # detections per image: as many as there are
 CLASS_COLUMNS = (
     "class", "objects", "detections", "AP 11-point", "AP area", "recall", "precision at F1", "recall at F1",
     "score at F1",
@@ -256,21 +259,22 @@ CLASS_NOTE = (
 
 
 def print_results(results, curves):
-    """Print both mAPs, the table of classes, and where the time went.
+    """Print both mAPs and the table of classes, if there are objects to detect, and where the time went.
 
     :param results: plain values by name, as `eval.run` collects them
     :param curves: {class name: utils.Curve}
     """
     mean, area = results["mAP_11_point"], results["mAP_area"]
     if mean is None:
-        print(f"mAP: none, because the {results['split']} split has no objects to detect")
+        print(f"mAP: none. There is nothing to score: the {results['split']} split has no objects to detect.")
     else:
         print(f"mAP {mean:.4f} by the 11-point rule of VOC2007")
         print(f"    {area:.4f} by the area under the curve, the rule since VOC2010; do not compare it with the first")
     if "note" in results:
         print(results["note"])
-    print(f"{describe_limits(results)}\n")
-    print(format_table(class_rows(results, curves)))
+    print(describe_limits(results))
+    if mean is not None:
+        print(f"\n{format_table(class_rows(results, curves))}")
     n_images = results["images"]
     parts = {
         "waiting for images": "waiting_seconds", "network": "network_seconds",

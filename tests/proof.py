@@ -46,7 +46,9 @@ from support.devices import (
     sum_over_processes,
 )
 from support.files import DivergenceError, InputError, check_outputs, make_folder, read_json, run_command, write_json
-from support.results import coco_scores, image_names, image_sizes, import_pycocotools
+from support.images import read_size
+from support.lists import SharedObjects
+from support.results import coco_results, coco_scores, image_names, import_pycocotools, read_coco_ids
 from support.runlog import describe_run
 from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 
@@ -191,10 +193,12 @@ def evaluate(model, detect, settings, n_images):
     choose_precision("fp32", find_device())
     detections, ground_truth = detect(loader, model)
     results, _ = score(detections, ground_truth, model.label_map)
-    coco = coco_scores(detections, ground_truth, image_names(paths), image_sizes(paths), model.label_map)
+    objects = SharedObjects(dataset.objects[: len(paths)])
+    ids = read_coco_ids(settings.data_folder, "TEST", image_names(paths), objects, model.label_map)
+    coco = coco_scores(coco_results(detections, [read_size(path) for path in paths], ids), objects, ids)
     return {
         "test_images": len(paths), "mAP_11_point": results["mAP_11_point"], "mAP_area": results["mAP_area"],
-        **{f"coco_{name}": value for name, value in coco.items()},
+        **{f"coco_{name}": coco[name] for name in ("AP", "AP50", "AP75")},
     }  # fmt: skip
 
 

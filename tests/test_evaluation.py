@@ -1,6 +1,9 @@
 """What an evaluation gives to others: files, scores by other rules, tables, intervals, a page."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,6 +15,8 @@ import reference
 import torch
 from conftest import ROOT, TORCHRUN, launch
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import eval as eval_script
 from datasets import PascalVOCDataset
@@ -19,21 +24,22 @@ from model import EVALUATION_LIMITS, SSD300, Limits, MultiBoxLoss
 from support import devices
 from support.checkpoints import read_origin, save_weights
 from support.files import InputError
-from support.images import read_image
+from support.images import read_size
 from support.labels import make_label_map
+from support.lists import SharedObjects
 from support.report import find_false_detections, find_misses, show_false_detection, write_report
 from support.results import (
+    COCO_FIGURES,
     class_rows,
     coco_results,
     coco_scores,
     count_objects,
     format_table,
-    image_ids,
     image_names,
-    image_sizes,
     make_evidence,
     name_voc_results,
     print_results,
+    read_coco_ids,
     read_evidence,
     show_scores,
     summarize,
@@ -76,26 +82,24 @@ def pictures(tmp_path):
     return paths
 
 
-def test_images_are_named_and_numbered_as_others_do(pictures):
+def objects_of(*entries):
+    """A data set's objects, given (boxes, labels, difficulties) of each image, boxes in pixels."""
+    keys = ("boxes", "labels", "difficulties")
+    return SharedObjects([dict(zip(keys, entry, strict=True)) for entry in entries])
+
+
+def test_images_are_named_and_numbered_as_others_do(pictures, tmp_path):
     assert image_names(pictures)[:2] == ["000000", "000001"]
     assert image_names(["/x/a/1.jpg", "/x/b/1.jpg"]) == ["a/1.jpg", "b/1.jpg"]
     assert image_names(["/x/1.jpg", "/x/1 (2).jpg", "/x/1.jpg"]) == ["1", "1 (2)", "1 (3)"]
-    assert image_ids(["000007", "12"]) == [7, 12]
-    assert image_ids(["7", "007"]) == image_ids(["a", "7"]) == [1, 2]
-    assert image_sizes(pictures)[2:4] == [(62, 40), (40, 63)]
-
-
-@pytest.mark.parametrize("orientation", range(10))
-def test_sizes_are_those_of_the_images_that_are_looked_at(orientation, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
-    assert image_sizes([tmp_path / "a.jpg"]) == [read_image(tmp_path / "a.jpg").size]
+    objects = objects_of(([], [], []), ([[1, 2, 4, 8.5]], [2], [0]))
+    for names, ids in ((["000007", "12"], [7, 12]), (["7", "007"], [1, 2]), (["a", "7"], [1, 2])):
+        assert read_coco_ids(tmp_path, "TEST", names, objects, CLASSES) == (ids, {1: 1, 2: 2, 3: 3}, [3 * 6.5])
 
 
 def test_voc_files_read_back_give_the_same_map(random_objects, pictures, tmp_path):
     detections, ground_truth = random_results(random_objects, 0)
-    names, sizes = image_names(pictures), image_sizes(pictures)
+    names, sizes = image_names(pictures), [read_size(path) for path in pictures]
     write_voc_results(tmp_path / "voc", detections, names, sizes, CLASSES, "VAL")
     boxes, labels, scores = ([[] for _ in names] for _ in range(3))
     for name, label in CLASSES.items():
@@ -139,27 +143,210 @@ def test_names_that_voc_files_cannot_have_are_refused(image, name, message, tmp_
 def test_names_of_images_may_be_of_any_encoding(random_objects, pictures, tmp_path):
     detections, _ = random_results(random_objects, 0)
     names = [f"caf\udce9{number}" for number in range(12)]
-    write_voc_results(tmp_path, detections, names, image_sizes(pictures), CLASSES, "TEST")
+    write_voc_results(tmp_path, detections, names, [(60, 40)] * 12, CLASSES, "TEST")
     assert (tmp_path / "comp4_det_test_cat.txt").read_bytes().startswith(b"caf\xe9")
 
 
-def test_coco_results_have_pixels_width_and_height(pictures):
+# ---------------------------------------------------------------------------------------------------------
+# COCO
+# ---------------------------------------------------------------------------------------------------------
+
+
+def official_scores(annotation_file, results_file):
+    """The twelve figures that pycocotools computes from the two files."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotation_file))
+        evaluation = COCOeval(truth, truth.loadRes(str(results_file)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+@pytest.fixture
+def coco(random_objects, tmp_path):
+    """A folder with annotations.json in COCO's format, the lists of its images and COCO's ids; and detections.
+
+    The ids have gaps. There are crowds, areas that are not those of the boxes, one area that the lists do not know,
+    boxes that reach beyond the images, and images without annotations.
+    """
+    rng = np.random.RandomState(5)
+    (tmp_path / "coco").mkdir()
+    image_ids, category_ids = (rng.permutation(10) * 37 + 5).tolist(), {"cow": 2, "cat": 90, "<dog>": 17}
+    paths, entries, areas, annotations, detections = [], [], [], [], ([], [], [])
+    for index, image_id in enumerate(image_ids):
+        paths.append(str(tmp_path / "coco" / f"frame{index}.jpg"))
+        Image.new("RGB", (500, 400)).save(paths[-1])
+        boxes, labels = random_objects(rng, 0 if index in (2, 7) else 12, 3)
+        boxes = boxes.double().numpy() * rng.choice([0.15, 1.5], size=(len(boxes), 1)) * (500, 400, 500, 400)
+        moved = torch.tensor((boxes + rng.normal(0, 3, boxes.shape)) / (500, 400, 500, 400), dtype=torch.float32)
+        more, others = random_objects(rng, 15, len(CLASSES))
+        scores = torch.tensor(rng.rand(len(boxes) + 15))
+        image_detections = torch.cat([moved, more]), torch.cat([labels, others]), scores
+        for part, values in zip(detections, image_detections, strict=True):
+            part.append(values)
+        names, crowds = [list(CLASSES)[label] for label in labels], rng.randint(0, 6, len(boxes)) == 0
+        entries.append((boxes.round(2).tolist(), labels.tolist(), crowds.astype(int).tolist()))
+        areas.append([])
+        for (x_min, y_min, x_max, y_max), name, crowd in zip(entries[-1][0], names, entries[-1][2], strict=True):
+            box = [x_min, y_min, x_max - x_min, y_max - y_min]
+            areas[-1].append(box[2] * box[3] * (rng.uniform(0.3, 1) if annotations else 1))
+            annotations.append(
+                {
+                    "id": 1000 - len(annotations), "image_id": image_id, "category_id": category_ids[name],
+                    "bbox": box, "area": areas[-1][-1], "iscrowd": crowd,
+                }
+            )  # fmt: skip
+    areas[0][0] = None
+    files = {
+        "annotations": {
+            "images": [{"id": number} for number in sorted(image_ids)], "annotations": annotations,
+            "categories": [{"id": number, "name": name} for name, number in category_ids.items()],
+        },
+        "TEST_images": paths, "TEST_objects": [*objects_of(*entries)], "label_map": CLASSES,
+        "TEST_coco": {"image_ids": image_ids, "category_ids": category_ids, "areas": areas},
+    }  # fmt: skip
+    for name, value in files.items():
+        (tmp_path / "coco" / f"{name}.json").write_text(json.dumps(value))
+    return tmp_path / "coco", detections
+
+
+@pytest.fixture
+def score_as_detected(monkeypatch):
+    """A function that runs eval.py on a data folder as if a network had made these detections."""
+
+    def run_script(data_folder, detections, *options):
+        dataset = PascalVOCDataset(data_folder, "TEST", keep_difficult=True)
+        ground_truth = [list(part) for part in zip(*(dataset[index][1:] for index in range(len(dataset))), strict=True)]
+        seconds = dict.fromkeys(("waiting_seconds", "network_seconds", "post_processing_seconds"), 0.1)
+        network = SimpleNamespace(size=300, label_map=CLASSES, to=lambda **_: None)
+        monkeypatch.setattr(eval_script, "load_model", lambda *_: network)
+        monkeypatch.setattr(eval_script, "detect_all", lambda *_: (detections, ground_truth, seconds))
+        arguments = ["--checkpoint", "coco", "--data-folder", data_folder, *options]
+        eval_script.run(eval_script.parse_arguments([str(argument) for argument in arguments]), torch.device("cpu"))
+
+    return run_script
+
+
+def test_pycocotools_gives_the_same_figures_for_the_annotation_file(coco, score_as_detected, tmp_path, capsys):
+    folder, detections = coco
+    outputs = {name: tmp_path / name for name in ("detections", "results", "report")}
+    options = [word for name, path in outputs.items() for word in (f"--{name}", path)]
+    score_as_detected(folder, detections, "--coco", *options)
+    scores = json.loads(outputs["results"].read_text())["coco"]
+    expected = official_scores(folder / "annotations.json", outputs["detections"])
+    assert list(scores) == [
+        "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
+        "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large",
+    ]  # fmt: skip
+    assert list(scores.values()) == pytest.approx(expected, abs=1e-9)
+    assert len(set(expected)) == 12
+    assert all(0.01 < value < 0.99 for value in expected)
+    printed = capsys.readouterr().out
+    shown = [f"{name} {value:.4f}" for name, value in scores.items()]
+    lines = f"COCO's rules: {', '.join(shown[:6])},\n  {', '.join(shown[6:])}"
+    assert f"{lines}\n" in printed
+    assert f"{lines}<" in (outputs["report"] / "index.html").read_text()
+
+
+def test_without_cocos_ids_the_figures_are_those_of_the_boxes_own_areas(coco, score_as_detected, tmp_path):
+    folder, detections = coco
+    contents = json.loads((folder / "annotations.json").read_text())
+    ids = json.loads((folder / "TEST_coco.json").read_text())
+    labels = {number: CLASSES[name] for name, number in ids["category_ids"].items()}
+    for annotation in contents["annotations"]:
+        annotation["image_id"] = ids["image_ids"].index(annotation["image_id"]) + 1
+        annotation["category_id"] = labels[annotation["category_id"]]
+        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    contents["images"] = [{"id": number} for number in range(1, 11)]
+    contents["categories"] = [{"id": label} for label in labels.values()]
+    (tmp_path / "renumbered.json").write_text(json.dumps(contents))
+    (folder / "TEST_coco.json").unlink()
+    score_as_detected(folder, detections, "--coco", "--detections", tmp_path / "d", "--results", tmp_path / "r")
+    scores = json.loads((tmp_path / "r").read_text())["coco"]
+    expected = official_scores(tmp_path / "renumbered.json", tmp_path / "d")
+    assert list(scores.values()) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [], {}, {"image_ids": [5, 9]}, {"image_ids": [5, 5, 7]}, {"image_ids": [5, 9, "7"]},
+        {"image_ids": [5, 9, True]}, {"image_ids": [[5], 9, 7]}, {"image_ids": None},
+        {"category_ids": {"cat": 1, "cow": 3}}, {"category_ids": [1, 2, 3]},
+        {"category_ids": {"cat": 1, "<dog>": 2.0, "cow": 3}}, {"areas": [[2], [], [1]]}, {"areas": [[2], []]},
+        {"areas": [[2], [], [1, -1]]}, {"areas": [[2], [], [1, math.nan]]}, {"areas": [[2], [], [1, "2"]]},
+        {"areas": [2, 0, 3]},
+    ],
+)  # fmt: skip
+def test_ids_that_do_not_fit_the_lists_are_refused(broken, tmp_path):
+    box = [1, 2, 4, 8.5]
+    objects = objects_of(([box], [2], [0]), ([], [], []), ([box, box], [1, 3], [1, 0]))
+    arguments = (tmp_path, "VAL", ["7", "8", "9"], objects, CLASSES)
+    valid = {"image_ids": [5, 9, 7], "category_ids": {"cat": 18, "<dog>": 1, "cow": 90, "sheep": 3},
+             "areas": [[2], [], [None, 0.5]]}  # fmt: skip
+    (tmp_path / "VAL_coco.json").write_text(json.dumps(valid))
+    assert read_coco_ids(*arguments) == ([5, 9, 7], {1: 18, 2: 1, 3: 90}, [2, 3 * 6.5, 0.5])
+    (tmp_path / "VAL_coco.json").write_text(json.dumps(broken and valid | broken))
+    with pytest.raises(InputError, match=r"VAL_coco.json: its ids .* the VAL lists .*; run create_data_lists.py again"):
+        read_coco_ids(*arguments)
+    (tmp_path / "VAL_coco.json").write_text("{")
+    with pytest.raises(InputError, match=r"VAL_coco.json: cannot read .*; run create_data_lists.py again"):
+        read_coco_ids(*arguments)
+
+
+def test_coco_results_have_pixels_width_and_height(tmp_path):
     detections = [torch.tensor([[0.25, 0.5, 0.5, 1.0]])], [torch.tensor([2])], [torch.tensor([0.75])]
+    ids = read_coco_ids(tmp_path, "TEST", ["003"], objects_of(([], [], [])), CLASSES)
     expected = {"image_id": 3, "category_id": 2, "bbox": [10, 20, 10, 20], "score": 0.75}
-    assert coco_results(detections, ["003"], [(40, 40)]) == [expected]
+    assert coco_results(detections, [(40, 40)], ids) == [expected]
 
 
-def test_coco_scores_are_those_of_arithmetic_by_hand():
+def test_coco_scores_are_those_of_arithmetic_by_hand(tmp_path):
     """An overlap of 0.6 passes three of the ten thresholds 0.5, 0.55 ... 0.95; a difficult object does not count."""
-    objects = [torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])], [torch.tensor([1, 1])]
-    ground_truth = *objects, [torch.tensor([0, 1])]
+    boxes, labels = [[0, 0, 50, 100], [50, 0, 100, 100]], [1, 1]
     detections = [torch.tensor([[0.0, 0.0, 0.5, 0.601]])], [torch.tensor([1])], [torch.tensor([0.9])]
-    image = ["a"], [(100, 100)], CLASSES
-    scores = coco_scores(detections, ground_truth, *image)
-    assert scores == {"AP": pytest.approx(0.3), "AP50": pytest.approx(1), "AP75": pytest.approx(0)}
-    assert coco_scores(NO_DETECTIONS, ground_truth, *image)["AP"] == 0
-    none = coco_scores(detections, (*objects, [torch.tensor([1, 1])]), *image)
-    assert show_scores(none) == "AP none, AP50 none, AP75 none"
+
+    def scores_of(detections, difficulties):
+        objects = objects_of((boxes, labels, difficulties))
+        ids = read_coco_ids(tmp_path, "TEST", ["a"], objects, CLASSES)
+        return coco_scores(coco_results(detections, [(100, 100)], ids), objects, ids)
+
+    # 50 x 100 pixels are of medium size: between 32 x 32 and 96 x 96.
+    rates = {"AP50": 1, "AP75": 0, "AP_small": None, "AP_large": None, "AR_small": None, "AR_large": None}
+    for name in ("AP", "AP_medium", "AR1", "AR10", "AR100", "AR_medium"):
+        rates[name] = 0.3
+    assert scores_of(detections, [0, 1]) == {name: rates[name] and pytest.approx(rates[name]) for name in COCO_FIGURES}
+    nothing = [torch.zeros(0, 4)], [torch.zeros(0)], [torch.zeros(0)]
+    assert scores_of(nothing, [0, 1]) == {name: rates[name] and 0 for name in COCO_FIGURES}
+    for none in (scores_of(detections, [1, 1]), scores_of(nothing, [1, 1])):
+        assert none == dict.fromkeys(COCO_FIGURES)
+    assert show_scores(none).startswith("AP none, AP50 none, AP75 none, ")
+
+
+def test_images_without_annotations_are_detected_on_and_not_scored(coco, score_as_detected, tmp_path, capsys):
+    folder, detections = coco
+    ids = json.loads((folder / "TEST_coco.json").read_text())
+    (folder / "TEST_coco.json").write_text(json.dumps(ids | {"areas": [[]] * 10}))
+    (folder / "TEST_objects.json").write_text(json.dumps([*objects_of(*[([], [], [])] * 10)]))
+    files = {name: tmp_path / name for name in ("voc-results", "detections", "results")}
+    score_as_detected(folder, detections, *(word for name, path in files.items() for word in (f"--{name}", path)))
+    printed = capsys.readouterr().out
+    assert "\nmAP: none. There is nothing to score: the TEST split has no objects to detect.\n" in printed
+    assert "AP area" not in printed
+    assert "cow" not in printed
+    assert "images/s over 10 images" in printed
+    assert len(list(files["voc-results"].iterdir())) == 3
+    n_detections = sum(len(scores) for scores in detections[2])
+    written = json.loads(files["detections"].read_text())
+    assert len(written) == n_detections
+    assert {result["image_id"] for result in written} == set(ids["image_ids"])
+    results = json.loads(files["results"].read_text())
+    assert (results["mAP_11_point"], results["AP_area"]["cat"], results["evidence"]) == (None, None, {})
+    for options in (["--coco"], ["--report", tmp_path / "r"], ["--bootstrap", 9], ["--against", files["results"]]):
+        with pytest.raises(InputError, match=f"--coco, .*: the TEST split of {folder} has no objects to detect; leave"):
+            score_as_detected(folder, detections, *options)
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_class_is_summarized_at_its_best_f1():
@@ -219,10 +406,7 @@ def test_two_evaluations_are_compared_on_the_same_images(random_objects, tmp_pat
     }  # fmt: skip
     path.write_text(json.dumps(contents))
     evidence = make_evidence(eval_script.score(detections, ground_truth, CLASSES)[1])
-    objects = [
-        {"labels": labels.tolist(), "difficulties": flags.tolist()}
-        for labels, flags in zip(*ground_truth[1:], strict=True)
-    ]
+    objects = objects_of(*(map(torch.Tensor.tolist, entry) for entry in zip(*ground_truth, strict=True)))
     n_objects = count_objects(objects, CLASSES)
     assert n_objects == {name: part["objects"] for name, part in evidence.items()}
     theirs = read_evidence(path, names, n_objects)
@@ -580,7 +764,7 @@ def test_without_objects_to_detect_there_is_no_map(capsys):
     results |= dict.fromkeys(("waiting_seconds", "network_seconds", "post_processing_seconds"), 1.0)
     results |= {"split": "VAL", "images": 1, "device": "CPU", "precision": "fp32", "batch_size": 1}
     print_results(results | EVALUATION_LIMITS._asdict(), curves)
-    assert capsys.readouterr().out.startswith("mAP: none, because the VAL split has no objects to detect\n")
+    assert capsys.readouterr().out.startswith("mAP: none. There is nothing to score: the VAL split has no")
 
 
 def test_the_limits_of_the_command_line_are_applied_and_printed(tiny, tmp_path, run):
