@@ -10,11 +10,13 @@ if __name__ == "__main__":
 import argparse
 import difflib
 import errno
+import functools
 import glob
 import importlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from contextlib import ExitStack, contextmanager, suppress
@@ -61,9 +63,20 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Run a script's `main`; bad input ends in one line on standard error and exit status 2."""
+    """Run a script's `main`; bad input ends in one line on standard error and exit status 2.
+
+    Ctrl-C and SIGTERM end it at once, with its processes, in one line and exit status 130 or 143.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
+    this_process = os.getpid()
+
+    def interrupt(number, _frame):
+        if os.getpid() == this_process:  # its children inherit this function; they are killed
+            _end_children()
+            raise KeyboardInterrupt(128 + number)
+
+    _handle_signals(interrupt)
     message = None
     try:
         main()
@@ -73,13 +86,25 @@ def run_command(main):
     except OSError as error:
         name = "" if error.filename is None else f"{error.filename}: "
         message, status = f"{name}{error.strerror or error}; put that right and try again", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        message, status = "a process that reads images was killed; check that memory suffices", 2
+    except KeyboardInterrupt as error:
+        message, status = "interrupted", error.args[0] if error.args else 130
     finally:
+        _handle_signals(signal.SIG_DFL)
         _end_children()
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(status)
+
+
+def _handle_signals(handler):
+    """Set what SIGTERM and Ctrl-C do, unless they are ignored, as Ctrl-C is in the background of a shell script."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _end_children():
@@ -103,15 +128,11 @@ def import_optional(purpose, *modules, packages):
         raise InputError(f"{purpose} needs packages that are not installed: pip install {packages}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def atomic_writer(path):
     """Open a temporary file for writing bytes, which replaces `path` only if the block ends without an error."""
     path = os.path.realpath(path)  # a symbolic link is kept, and the file that it points to replaced
+    remove_half_written(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -134,14 +155,18 @@ def _flush(file):
     os.fsync(file.fileno())
 
 
-def remove_half_written(folder, *names):
-    """Remove what `atomic_writer` leaves in a folder if the process is killed.
+def remove_half_written(path):
+    """Remove what `atomic_writer` left of a file in earlier processes that were killed."""
+    for temporary in _earlier_temporaries(os.path.dirname(path)):
+        if re.fullmatch(re.escape(path) + r"\.\d+\.tmp", temporary):
+            with suppress(FileNotFoundError):
+                os.remove(temporary)
 
-    :param names: of the files that were to be written; may contain wildcards
-    """
-    for name in names:
-        for path in glob.glob(os.path.join(glob.escape(folder), f"{name}.*.tmp")):
-            os.remove(path)
+
+@functools.cache  # a folder may hold many files, and many may be written to it
+def _earlier_temporaries(folder):
+    """Return the paths of a folder's temporary files, as they were when this process first wrote to it."""
+    return glob.glob(os.path.join(glob.escape(folder), "*.tmp"))
 
 
 def write_files(files):
@@ -214,11 +239,6 @@ def check_outputs(*files, folders=(), inputs=()):
 def _check_writable(path, folder):
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise InputError(f"{path}: cannot write to {folder}, which is not a writable folder; use another path")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------
 
 
 def read_text(path):

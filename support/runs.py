@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from support.checkpoints import read_checkpoint, read_origin
 from support.devices import rank
-from support.files import InputError, remove_half_written
+from support.files import InputError
 from support.runlog import has_validation, warn
 
 DATA_FOLDER = "data/voc"  # if neither the command line nor a checkpoint names one
@@ -108,7 +108,8 @@ def clean(folder, is_new):
 
     checkpoint.pth and log.jsonl stay until they are replaced, numbered checkpoints for good.
     """
-    remove_half_written(folder, "*.pth", *RUN_FILES)
+    for temporary in glob.glob(os.path.join(glob.escape(folder), "*.pth.*.tmp")):  # the other files clear their own
+        os.remove(temporary)
     if is_new:
         for name in ("best.pth", "curves.png", "detected.png"):
             with suppress(FileNotFoundError):
