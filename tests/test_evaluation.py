@@ -275,8 +275,8 @@ def test_without_cocos_ids_the_figures_are_those_of_the_boxes_own_areas(coco, sc
         {"image_ids": [5, 9, True]}, {"image_ids": [[5], 9, 7]}, {"image_ids": None},
         {"category_ids": {"cat": 1, "cow": 3}}, {"category_ids": [1, 2, 3]},
         {"category_ids": {"cat": 1, "<dog>": 2.0, "cow": 3}}, {"areas": [[2], [], [1]]}, {"areas": [[2], []]},
-        {"areas": [[2], [], [1, -1]]}, {"areas": [[2], [], [1, math.nan]]}, {"areas": [[2], [], [1, "2"]]},
-        {"areas": [2, 0, 3]},
+        {"areas": [[2], [], [1, -1]]}, {"areas": [[2], [], [1, math.nan]]}, {"areas": [[2], [], [1, math.inf]]},
+        {"areas": [[2], [], [1, "2"]]}, {"areas": [2, 0, 3]},
     ],
 )  # fmt: skip
 def test_ids_that_do_not_fit_the_lists_are_refused(broken, tmp_path):
