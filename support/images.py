@@ -4,6 +4,7 @@ image = read_image("photo.jpg")
 write_image(draw_boxes(image, [(48, 240, 195, 371)], ["dog 0.98"], [(255, 0, 0)]), "annotated.jpg")
 """
 
+import functools
 import os
 import unicodedata
 import warnings
@@ -12,9 +13,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from support.devices import count_cores
+from support.devices import count_cores, ignore_signals
 from support.files import InputError, atomic_writer
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in lower or upper case
@@ -22,11 +23,6 @@ WRITABLE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP
 GRID_COLOR = (150, 150, 150)
 TILE_MARGIN, TILE_TITLE_HEIGHT, TILE_TITLE_SIZE = 14, 26, 16  # pixels
 UNKNOWN_CHARACTER = "\U0010ffff"  # no font has it
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading and writing
-# ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -98,11 +94,6 @@ def write_image(image, path, **options):
         raise InputError(f"{path}: cannot be written ({reason}); use another path or another suffix") from error
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Many images
-# ---------------------------------------------------------------------------------------------------------
-
-
 def list_images(path):
     """Return the image files in a folder, sorted; or, if the path is not a folder, the path itself.
 
@@ -139,45 +130,29 @@ def name_copies(images, folder):
 def image_loader(paths, prepare, batch_size, device):
     """Return a DataLoader of image files.
 
-    Its batches are images (N, ...) and tuples of N paths, sizes (width, height) and errors. For a file that cannot be
-    read, the image is black, the size None, and the error a line that says why; the other errors are None.
+    Its batches are images (N, ...) and N paths, sizes (width, height) and errors. For a file that cannot be read, the
+    image is black, the size None, and the error a line that says why; the other errors are None.
 
     :param prepare: function that turns a PIL image into a tensor and its upright size, and can be pickled
     :param device: where the images are going
     """
     return DataLoader(
-        _ImageFiles(paths, prepare), batch_size=batch_size, collate_fn=_collate, pin_memory=device.type == "cuda",
-        num_workers=min(count_cores(), len(paths) // batch_size),
+        paths, batch_size, collate_fn=functools.partial(_prepare_files, prepare), pin_memory=device.type == "cuda",
+        num_workers=min(count_cores(), len(paths) // batch_size), worker_init_fn=ignore_signals,
     )  # fmt: skip
 
 
-class _ImageFiles(Dataset):
-    """Image files as (prepared image, path, size, error)."""
-
-    def __init__(self, paths, prepare):
-        self.paths, self.prepare = paths, prepare
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        path = self.paths[index]
+def _prepare_files(prepare, paths):
+    """Return a batch of `image_loader`."""
+    samples = []
+    for path in paths:
         try:
-            image, size = self.prepare(read_image(path))
+            samples.append((*prepare(read_image(path)), None))
         except InputError as error:
-            black, _ = self.prepare(Image.new("RGB", (1, 1)))
-            return black, path, None, str(error)
-        return image, path, size, None
-
-
-def _collate(samples):
-    images, *rest = zip(*samples, strict=True)
-    return torch.stack(images), *rest
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------
+            black, _ = prepare(Image.new("RGB", (1, 1)))
+            samples.append((black, None, str(error)))
+    images, sizes, errors = zip(*samples, strict=True)
+    return torch.stack(images), paths, sizes, errors
 
 
 def draw_boxes(image, boxes, captions, colors, grid=0):

@@ -68,12 +68,7 @@ def draw_sample(name, rng):
     """
     width, height = SAMPLE_SIZES[rng.integers(len(SAMPLE_SIZES))]
     image = draw_texture(width, height, rng)
-    annotation = ElementTree.Element("annotation")
-    _add(annotation, "filename", f"{name}.jpg")
-    size = _add(annotation, "size")
-    for key, value in (("width", width), ("height", height), ("depth", 3)):
-        _add(size, key, value)
-    boxes = []
+    boxes, objects = [], []
     for _ in range(SAMPLE_OBJECTS[rng.integers(len(SAMPLE_OBJECTS))]):
         box = _place_box(width, height, boxes, rng)
         if box is None:
@@ -82,19 +77,21 @@ def draw_sample(name, rng):
         label = SAMPLE_LABELS[rng.integers(len(SAMPLE_LABELS))]
         difficult = rng.random() < 0.1
         draw_shape(image, label, box, 0.35 if difficult else 1.0, rng)
-        element = _add(annotation, "object")
-        _add(element, "name", label)
-        _add(element, "difficult", int(difficult))
-        bndbox = _add(element, "bndbox")
-        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            _add(bndbox, key, value + 1)
+        corners = [(corner, value + 1) for corner, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)]
+        objects.append(("object", [("name", label), ("difficult", int(difficult)), ("bndbox", corners)]))
+    size = [("width", width), ("height", height), ("depth", 3)]
+    annotation = _element("annotation", [("filename", f"{name}.jpg"), ("size", size), *objects])
     ElementTree.indent(annotation)
     return image, ElementTree.ElementTree(annotation)
 
 
-def _add(parent, tag, text=""):
-    element = ElementTree.SubElement(parent, tag)
-    element.text = str(text)
+def _element(tag, content):
+    """Return an XML element that holds a value, or a list of elements (tag, content)."""
+    element = ElementTree.Element(tag)
+    if isinstance(content, list):
+        element.extend(_element(*child) for child in content)
+    else:
+        element.text = str(content)
     return element
 
 
