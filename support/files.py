@@ -249,9 +249,12 @@ def read_text(path):
         return file.read()
 
 
-def read_json(path, remedy="run create_data_lists.py to make it"):
-    """Return the value in a JSON file; raises InputError with the remedy if it cannot be read."""
+def read_json(path, remedy="run create_data_lists.py to make it", object_hook=None):
+    """Return the value in a JSON file; raises InputError with the remedy if it cannot be read.
+
+    :param object_hook: function of each dict, as soon as it is read; what it returns takes the place of the dict
+    """
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_hook=object_hook)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot read this JSON file ({error}); {remedy}") from error

@@ -5,6 +5,7 @@ images, objects, label_map = read_data_lists("data/voc", "TRAIN")
 """
 
 import os
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate, chain
@@ -76,31 +77,20 @@ def read_data_lists(data_folder, split):
         raise InputError(
             f"{data_folder}: has no {split} split, {image_file} is missing; run create_data_lists.py {remedy}"
         )
-    label_map, images, objects = (read_json(path) for path in (label_file, image_file, object_file))
+    arrays = _ObjectArrays()
+    label_map, images = read_json(label_file), read_json(image_file)
+    are_valid = read_json(object_file, object_hook=arrays.append)
     check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
         raise InputError(f"{image_file}: expected a list of one or more image paths; run create_data_lists.py again")
-    if not isinstance(objects, list) or len(objects) != len(images):
+    if not isinstance(are_valid, list) or len(are_valid) != len(images):
         raise InputError(f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again")
-    for path, entry in zip(images, objects, strict=True):
-        if not _is_valid_entry(entry, len(label_map)):
-            raise InputError(f"{object_file}: the objects of {path} are not valid; run create_data_lists.py again")
-    return SharedPaths(images), SharedObjects(objects), label_map
-
-
-def _is_valid_entry(entry, n_classes):
-    """Tell whether `entry` has n boxes with area, n labels from 1 to n_classes - 1 and n difficulties, 0 or 1."""
-    try:
-        boxes, labels, difficulties = entry["boxes"], entry["labels"], entry["difficulties"]
-        if not all(type(values) is list for values in (boxes, labels, difficulties)):
-            return False
-        for (x_min, y_min, x_max, y_max), label, difficulty in zip(boxes, labels, difficulties, strict=True):
-            has_area = 0 <= x_min < x_max < MAX_COORDINATE and 0 <= y_min < y_max < MAX_COORDINATE
-            if not has_area or type(label) is not int or not 0 < label < n_classes or difficulty not in (0, 1):
-                return False
-    except (KeyError, TypeError, ValueError):
-        return False
-    return True
+    wrong = next((index for index, is_valid in enumerate(are_valid) if is_valid is not True), None)
+    objects = SharedObjects(arrays) if wrong is None else None
+    wrong = objects.find_wrong(len(label_map)) if objects else wrong
+    if wrong is not None:
+        raise InputError(f"{object_file}: the objects of {images[wrong]} are not valid; run create_data_lists.py again")
+    return SharedPaths(images), objects, label_map
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -146,6 +136,28 @@ class SharedPaths(_SharedList):
         return bytes(self.characters[span].numpy()).decode("utf-8", "surrogatepass")
 
 
+class _ObjectArrays:
+    """The entries of a list of objects, in arrays: as Python objects, all of COCO's take some hundred megabytes."""
+
+    def __init__(self):
+        self.lengths, self.boxes, self.labels, self.difficulties = array("q"), array("d"), array("q"), array("B")
+
+    def append(self, entry):
+        """Append an entry; return whether its values have the right types and numbers."""
+        try:
+            boxes, labels, difficulties = parts = [entry[key] for key in ("boxes", "labels", "difficulties")]
+            are_lists = all(type(part) is list for part in parts)
+            if not are_lists or not len(boxes) == len(labels) == len(difficulties) or any(len(b) != 4 for b in boxes):
+                return False
+            self.boxes.extend(chain.from_iterable(boxes))
+            self.labels.extend(labels)
+            self.difficulties.extend(difficulties)
+        except (KeyError, TypeError, OverflowError):
+            return False
+        self.lengths.append(len(labels))
+        return True
+
+
 class SharedObjects(_SharedList):
     """A read-only list of entries, the objects of one image each: a dict with "boxes", "labels" and "difficulties".
 
@@ -153,16 +165,20 @@ class SharedObjects(_SharedList):
     slice of one.
     """
 
-    def __init__(self, entries):
-        super().__init__(len(entry["labels"]) for entry in entries)
-        n_objects = int(self.offsets[-1])
-        boxes = chain.from_iterable(entry["boxes"] for entry in entries)
-        boxes = np.fromiter(chain.from_iterable(boxes), np.float64, 4 * n_objects)
-        self.boxes = torch.from_numpy(boxes.reshape(-1, 4))
-        self.labels, self.difficulties = (
-            torch.from_numpy(np.fromiter(chain.from_iterable(entry[key] for entry in entries), dtype, n_objects))
-            for key, dtype in (("labels", np.int64), ("difficulties", np.uint8))
+    def __init__(self, arrays):
+        super().__init__(arrays.lengths)
+        self.boxes, self.labels, self.difficulties = (
+            torch.from_numpy(np.array(values)) for values in (arrays.boxes, arrays.labels, arrays.difficulties)
         )
+        self.boxes = self.boxes.reshape(-1, 4)
+
+    def find_wrong(self, n_classes):
+        """Return the index of an entry with a box without area, a wrong label or a wrong difficulty, or None."""
+        low, high = self.boxes[:, :2], self.boxes[:, 2:]
+        is_right = ((low >= 0) & (low < high) & (high < MAX_COORDINATE)).all(dim=1)
+        is_right &= (self.labels > 0) & (self.labels < n_classes) & (self.difficulties <= 1)
+        wrong = (~is_right).nonzero().flatten()[:1]
+        return int(torch.searchsorted(self.offsets, wrong, right=True)) - 1 if len(wrong) else None
 
     def entry(self, span):
         """Return the objects in a slice of the tensors as they stand in a list, whole numbers without a point."""

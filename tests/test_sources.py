@@ -18,7 +18,8 @@ import create_data_lists as script
 from datasets import PascalVOCDataset
 from support.annotations import Annotation, drop_invalid
 from support.files import InputError
-from support.lists import SharedObjects, SharedPaths
+from support.labels import make_label_map
+from support.lists import SharedPaths, read_data_lists, write_data_lists
 from support.sample import SAMPLE_LABELS
 from support.sources import coco_ids, read_sources
 from support.voc import read_split
@@ -271,7 +272,14 @@ def test_the_lists_of_coco_itself_need_one_option(tmp_path, run):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_lists_in_tensors_are_the_lists_that_they_were_made_from():
+def read_back(entries, folder):
+    """Write the objects of images as a list, and return what reading it gives."""
+    label_map = make_label_map(f"class {number}" for number in range(1, 201))
+    write_data_lists({"TRAIN": (["a.jpg"] * len(entries), entries)}, label_map, folder)
+    return read_data_lists(folder, "TRAIN")[1]
+
+
+def test_lists_in_tensors_are_the_lists_that_they_were_made_from(tmp_path):
     paths = ["/a/b.jpg", "", "caf\udce9.jpg", "猫.jpg"]
     shared = SharedPaths(paths)
     assert list(shared) == paths
@@ -281,14 +289,14 @@ def test_lists_in_tensors_are_the_lists_that_they_were_made_from():
         {"boxes": [], "labels": [], "difficulties": []},
         {"boxes": [[7, 7, 8, 8]], "labels": [200], "difficulties": [0]},
     ]
-    objects = SharedObjects(entries)
+    objects = read_back(entries, tmp_path)
     assert list(objects) == entries
     assert json.dumps(objects[:]) == json.dumps(entries)  # 5 is not 5.0
     assert objects.boxes[objects.span(-1)].tolist() == [[7, 7, 8, 8]]
     for index in (3, -4):
         with pytest.raises(IndexError):
             objects[index]
-    assert list(SharedObjects([])) == []
+    assert list(read_back([entries[1]], tmp_path)) == [entries[1]]
 
 
 def test_the_fingerprint_is_that_of_earlier_versions(sample):
@@ -300,7 +308,7 @@ def test_the_fingerprint_is_that_of_earlier_versions(sample):
 
 def test_a_data_set_that_goes_to_another_process_shares_its_lists(sample, tmp_path):
     entries = [{"boxes": [[1, 1, 9, 9]] * 50, "labels": [1] * 50, "difficulties": [0] * 50}] * 400
-    objects = SharedObjects(entries)
+    objects = read_back(entries, tmp_path)
     pickled = multiprocessing.reduction.ForkingPickler.dumps(objects)
     assert len(pickled) < 5000
     assert objects.boxes.is_shared()
