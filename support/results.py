@@ -118,7 +118,7 @@ def read_coco_ids(data_folder, split, names, objects, label_map):
             raise ValueError("ids or areas of other images")
         areas = list(itertools.chain.from_iterable(areas))
         are_integers = all(type(number) is int for number in [*images, *categories.values()])
-        if not are_integers or not all(area is None or 0 <= area < math.inf for area in areas):
+        if not are_integers or not all(area is None or abs(area) < math.inf for area in areas):
             raise ValueError("ids or areas that are none")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its ids or areas do not fit the {split} lists beside it; {remedy}") from error

@@ -47,7 +47,6 @@ from support.devices import (
 )
 from support.files import DivergenceError, InputError, check_outputs, make_folder, read_json, run_command, write_json
 from support.images import read_size
-from support.lists import SharedObjects
 from support.results import coco_results, coco_scores, image_names, import_pycocotools, read_coco_ids
 from support.runlog import describe_run
 from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
@@ -193,7 +192,9 @@ def evaluate(model, detect, settings, n_images):
     choose_precision("fp32", find_device())
     detections, ground_truth = detect(loader, model)
     results, _ = score(detections, ground_truth, model.label_map)
-    objects = SharedObjects(dataset.objects[: len(paths)])
+    offsets = dataset.objects.offsets[: len(paths) + 1]
+    parts = {name: getattr(dataset.objects, name)[: offsets[-1]] for name in ("boxes", "labels", "difficulties")}
+    objects = argparse.Namespace(offsets=offsets, **parts)
     ids = read_coco_ids(settings.data_folder, "TEST", image_names(paths), objects, model.label_map)
     coco = coco_scores(coco_results(detections, [read_size(path) for path in paths], ids), objects, ids)
     return {
