@@ -369,11 +369,6 @@ class _AllowListUnpickler(pickle._Unpickler):
 
     dispatch[pickle.BUILD[0]], dispatch[pickle.BINPERSID[0]] = load_build, load_binpersid
 
-    @classmethod
-    def load_file(cls, file, **options):
-        """Do what pickle.load does."""
-        return cls(file, **options).load()
-
 
 def _read(path, expected=KNOWN_SYSTEMS):
     """Return the contents of a file of torch.save, on the CPU; raises InputError that names the file."""
@@ -386,10 +381,9 @@ def _read(path, expected=KNOWN_SYSTEMS):
                 # does not support. Such a file is read by an unpickler of our own with the same allow-list.
                 if "persistent_load of storage" not in str(error):
                     raise
-                unpickler = SimpleNamespace(
-                    __name__="pickle", Unpickler=_AllowListUnpickler, load=_AllowListUnpickler.load_file
-                )  # fmt: skip
-                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=unpickler)
+                ours = SimpleNamespace(__name__="pickle", Unpickler=_AllowListUnpickler)
+                ours.load = lambda file, **options: _AllowListUnpickler(file, **options).load()
+                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=ours)
     except IsADirectoryError as error:
         raise InputError(f"{path}: is a folder; give {os.path.join(path, 'checkpoint.pth')}") from error
     except FileNotFoundError as error:

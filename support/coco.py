@@ -98,11 +98,11 @@ def _annotate_images(path, images, folder, names):
 
 def _find_image_folder(path, first_image):
     """Return the first of the usual folders that has the first image; raises InputError, naming the file, if none."""
-    folder, file_name = os.path.split(os.path.abspath(path))
-    name = os.path.splitext(file_name)[0].removeprefix("instances_").removeprefix("image_info_")
+    name = os.path.splitext(os.path.basename(path))[0].removeprefix("instances_").removeprefix("image_info_")
     for place in ("", name, "images", f"images/{name}", "..", f"../{name}", "../images", f"../images/{name}"):
-        if os.path.isfile(os.path.join(folder, place, first_image)):
-            return os.path.join(folder, place)
+        folder = os.path.abspath(os.path.join(os.path.dirname(path), place))
+        if os.path.isfile(os.path.join(folder, first_image)):
+            return folder
     raise InputError(f"{path}: cannot find its image {first_image!r:.300}; give its folder: {path}:IMAGE_FOLDER")
 
 

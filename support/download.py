@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import tarfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torchvision.datasets.utils import check_integrity, download_url
@@ -63,9 +63,10 @@ def _download(path, md5, urls, patience):
     failures = []
     for url in urls:
         print(f"fetching {url}", flush=True)
+        earlier_patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(patience)  # torchvision's download waits for ever
         try:
-            with time_limit(patience):
-                download_url(url, folder, f"{name}.part", md5)
+            download_url(url, folder, f"{name}.part", md5)
             os.replace(f"{path}.part", path)
             return
         except Exception as error:  # servers fail in many ways
@@ -73,20 +74,10 @@ def _download(path, md5, urls, patience):
                 raise  # no other mirror can help
             failures.append(f"{url}: {_first_line(error)}")
         finally:
+            socket.setdefaulttimeout(earlier_patience)
             with suppress(OSError):
                 os.remove(f"{path}.part")
     raise InputError(f"{path}: cannot be fetched ({'; '.join(failures)}); put this file in place and try again")
-
-
-@contextmanager
-def time_limit(seconds):
-    """Make connections fail after `seconds` without an answer; torchvision's download waits for ever."""
-    earlier = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(earlier)
 
 
 def fetch_weights(weights, alternative):

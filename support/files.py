@@ -198,10 +198,8 @@ def _json_parts(value):
 
 def encode_json(value):
     """Return a value as JSON in UTF-8."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # a file name in another encoding
-        return json.dumps(value).encode()
+    # The backslash of a character that UTF-8 lacks, as in a file name in another encoding, is also JSON's.
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def make_folder(path):

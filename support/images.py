@@ -166,10 +166,14 @@ def draw_boxes(image, boxes, captions, colors, grid=0):
     """
     canvas = upright_rgb(image).copy()
     draw = ImageDraw.Draw(canvas)
-    _draw_grid(draw, grid, canvas.size)
+    for number in range(1, grid):
+        x, y = (round(side * number / grid) for side in canvas.size)
+        draw.line([x, 0, x, canvas.height], fill=GRID_COLOR)
+        draw.line([0, y, canvas.width, y], fill=GRID_COLOR)
     line_width = max(2, round(min(canvas.size) / 200))
     font, captions = _fit_captions(captions, canvas.size, line_width)
-    inks = [_contrasting_ink(color) for color in colors]
+    # Write in black or white, whichever is legible: by the luminance of ITU-R BT.601.
+    inks = ["black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white" for color in colors]
 
     # Draw all boxes, then all captions, each from the last to the first, so that the first ends up on top.
     styled = list(zip(boxes, captions, colors, inks, strict=True))
@@ -185,15 +189,6 @@ def draw_boxes(image, boxes, captions, colors, grid=0):
         draw.rectangle(rectangle, fill=color)
         draw.text((rectangle[0] + line_width, rectangle[1] + line_width / 2), caption, fill=ink, font=font)
     return canvas
-
-
-def _draw_grid(draw, n_cells, image_size):
-    """Draw the borders between n_cells x n_cells cells."""
-    width, height = image_size
-    for number in range(1, n_cells):
-        x, y = round(width * number / n_cells), round(height * number / n_cells)
-        draw.line([x, 0, x, height], fill=GRID_COLOR)
-        draw.line([0, y, width, y], fill=GRID_COLOR)
 
 
 def _fit_captions(captions, image_size, line_width):
@@ -218,12 +213,6 @@ def _replace_unknown_characters(text, font):
             character = base_letter if base_letter.isascii() else escape
         characters.append(character)
     return "".join(characters)
-
-
-def _contrasting_ink(color):
-    """Return black or white, whichever is legible on a colour (red, green, blue)."""
-    luminance = np.dot(color, (0.299, 0.587, 0.114))  # ITU-R BT.601
-    return "black" if luminance > 110 else "white"
 
 
 def _draw_box(draw, box, color, ink, line_width, is_thin):

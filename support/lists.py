@@ -83,7 +83,8 @@ def read_data_lists(data_folder, split):
     check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
         raise InputError(f"{image_file}: expected a list of one or more image paths; run create_data_lists.py again")
-    if not isinstance(are_valid, list) or len(are_valid) != len(images):
+    is_nested = len(arrays.lengths) > len(images)  # dicts within dicts have been read as entries, too
+    if not isinstance(are_valid, list) or len(are_valid) != len(images) or is_nested:
         raise InputError(f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again")
     wrong = next((index for index, is_valid in enumerate(are_valid) if is_valid is not True), None)
     objects = SharedObjects(arrays) if wrong is None else None

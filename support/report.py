@@ -75,11 +75,6 @@ def write_report(folder, evaluation, others, dataset, min_overlap):
     write_files({os.path.join(folder, "index.html"): page.encode("utf-8", "replace")})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What went wrong
-# ---------------------------------------------------------------------------------------------------------
-
-
 class FalseDetection(NamedTuple):
     """A detection that is wrong."""
 
@@ -154,11 +149,6 @@ def confusion_matrix(confusions, label_map):
     return [(truth, [confusions[truth, detected] for detected in classes]) for truth in classes]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------
-
-
 def draw_curve(figures, curve):
     """Return the precision-recall curve of a class, with a dot at the best F1, as a data URI.
 
@@ -181,30 +171,28 @@ def show_false_detection(mistake, detections, ground_truth, dataset):
     """Return the picture of a `FalseDetection` among the true objects, as a data URI, and its caption."""
     names = label_names(dataset.label_map)
     _, image, index, reason = mistake
-    name = names[detections[1][image][index].item()]
-    boxes = torch.cat([detections[0][image][index][None], ground_truth[0][image]])
-    captions = [f"{name} {mistake.score:.2f}", *(names[label] for label in ground_truth[1][image].tolist())]
-    colors = [WRONG] + [RIGHT] * len(ground_truth[0][image])
-    path = dataset.images[image]
-    return _thumbnail(path, boxes, captions, colors), f"{os.path.basename(path)}: {captions[0]}; {reason}"
+    boxes, labels, _ = (part[image] for part in ground_truth)
+    caption = f"{names[detections[1][image][index].item()]} {mistake.score:.2f}"
+    boxes = torch.cat([detections[0][image][index][None], boxes])
+    captions = [caption, *(names[label] for label in labels.tolist())]
+    colors = [WRONG] + [RIGHT] * len(labels)
+    return _thumbnail(dataset.images[image], boxes, captions, colors, f"{caption}; {reason}")
 
 
 def show_miss(image, index, ground_truth, dataset):
     """Return the picture of an object that was not detected, as a data URI, and its caption."""
     name = label_names(dataset.label_map)[ground_truth[1][image][index].item()]
-    path = dataset.images[image]
-    picture = _thumbnail(path, ground_truth[0][image][index][None], [name], [MISSED])
-    return picture, f"{os.path.basename(path)}: {name}"
+    return _thumbnail(dataset.images[image], ground_truth[0][image][index][None], [name], [MISSED], name)
 
 
-def _thumbnail(path, boxes, captions, colors):
-    """Return a small copy of an image as a data URI, with boxes (n, 4), fractional xy, drawn into it."""
+def _thumbnail(path, boxes, captions, colors, title):
+    """Return a small copy of an image as a data URI, with boxes (n, 4), fractional xy, and its name with a title."""
     picture = read_image(path)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     picture = draw_boxes(picture, pixel_boxes(boxes, picture.size).tolist(), captions, colors)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
-    return _data_uri(file.getvalue(), "jpeg")
+    return _data_uri(file.getvalue(), "jpeg"), f"{os.path.basename(path)}: {title}"
 
 
 def _data_uri(content, kind):

@@ -21,7 +21,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from support.devices import any_process, n_processes, name_hardware, rank
+from support.devices import n_processes, name_hardware, rank
 from support.files import InputError, atomic_writer, import_optional, write_files
 
 
@@ -87,11 +87,8 @@ class RunLog:
 
 def read_log(folder):
     """Return the records of the log in an output folder, without a line that was cut off; none if there is no log."""
-    path = os.path.join(folder, "log.jsonl")
-    if not os.path.exists(path):
-        return []
-    records = []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    path, records = os.path.join(folder, "log.jsonl"), []
+    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError):
                 records.append(json.loads(line))
@@ -123,13 +120,6 @@ def describe_run(settings, classes, precision):
         "precision": precision,
         "git_commit": commit,
     }  # fmt: skip
-
-
-def has_validation(folder, iteration):
-    """Tell whether the log in an output folder has the validation of an iteration; the same answer in all processes."""
-    records = read_log(folder)
-    logged = any(record["event"] == "validation" and record.get("iteration") == iteration for record in records)
-    return any_process(rank() == 0 and logged)  # only process 0 is sure to have the log
 
 
 def mean_losses(losses, alpha):

@@ -11,9 +11,9 @@ import shlex
 from contextlib import suppress
 
 from support.checkpoints import read_checkpoint, read_origin
-from support.devices import rank
+from support.devices import any_process, rank
 from support.files import InputError
-from support.runlog import has_validation, warn
+from support.runlog import read_log, warn
 
 DATA_FOLDER = "data/voc"  # if neither the command line nor a checkpoint names one
 RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl", "curves.png", "detected.png")  # in the output folder
@@ -151,9 +151,10 @@ def validation_is_missing(settings, iteration):
 
     The validation is repeated even if it was made. Only a finished run that has logged it does not repeat it.
     """
-    if not is_due(iteration, settings.validate_every, settings.iterations):
-        return False
-    return iteration < settings.iterations or not has_validation(settings.output_folder, iteration)
+    records = read_log(settings.output_folder) if rank() == 0 else []  # only process 0 is sure to have the log
+    logged = any(record["event"] == "validation" and record.get("iteration") == iteration for record in records)
+    is_finished = any_process(logged) and iteration >= settings.iterations
+    return is_due(iteration, settings.validate_every, settings.iterations) and not is_finished
 
 
 def announce(description, dataset, held_out):

@@ -7,7 +7,6 @@ Linux only: memory is read from /proc.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from support.report import write_report
 from support.sources import read_sources
 from utils import best_objects_of_other_classes
 
-MIB = 2**20
 CLASSES = make_label_map(f"class {number}" for number in range(1, 81))
 SIDE = 640  # of the images that the lists name, pixels
 
@@ -67,7 +65,7 @@ def memory(field):
 
 
 class LookUps(Dataset):
-    """The look-ups of a data set, without its images. Item i is the private memory of the process after item i, MiB."""
+    """The look-ups of a data set, without its images. The last two items are the private memory of the process, MiB."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -79,8 +77,7 @@ class LookUps(Dataset):
         span = self.dataset.objects.span(index)
         assert self.dataset.images[index]
         assert len(self.dataset.objects.boxes[span].float()) == len(self.dataset.objects.labels[span])
-        is_last = index >= len(self) - 2  # the last one of each of two processes
-        return memory("Private") if is_last or index < 2 else 0.0
+        return memory("Private") if index >= len(self) - 2 else 0.0  # the last one of each of two processes
 
 
 def measure_reading(folder):
@@ -95,10 +92,8 @@ def measure_reading(folder):
     for method in ("fork", "spawn"):
         loader = DataLoader(LookUps(dataset), batch_size=None, num_workers=2, multiprocessing_context=method)
         values = list(loader)
-        first, last = values[:2], values[-2:]
-        print(f"{method}: private memory of two loading processes after an epoch of look-ups: "
-              f"{last[0]:.1f} and {last[1]:.1f} MiB, {last[0] - first[0]:+.1f} and {last[1] - first[1]:+.1f} since their "
-              "first look-up")  # fmt: skip
+        print(f"  {method}: private memory of two loading processes after an epoch of look-ups: "
+              f"{values[-2]:.1f} and {values[-1]:.1f} MiB")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -191,11 +186,10 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         if not settings.stages:
-            annotations = make_annotations(settings.images, settings.objects, folder, np.random.default_rng(0))
-            write_data_lists(label_objects({"TRAIN": annotations}, CLASSES), CLASSES, folder)
-            sizes = [f"{path.name} {path.stat().st_size / MIB:.0f} MiB" for path in Path(folder).glob("TRAIN*")]
-            print(", ".join(sizes), flush=True)
-            subprocess.run([sys.executable, __file__, "--read", folder], check=True)
+            for n_images, n_objects in ((100, 700), (settings.images, settings.objects)):  # the first to compare with
+                annotations = make_annotations(n_images, n_objects, folder, np.random.default_rng(0))
+                write_data_lists(label_objects({"TRAIN": annotations}, CLASSES), CLASSES, folder)
+                subprocess.run([sys.executable, __file__, "--read", folder], check=True)
             return
         table = {n: measure_stages(n, Path(folder) / str(n)) for n in settings.stages}
     print(f"{'seconds for images':20}" + "".join(f"{n:>10}" for n in table))

@@ -28,6 +28,9 @@ def annotation(*objects, extra=""):
     return f"<annotation>{extra}{''.join(objects)}</annotation>"
 
 
+EMPTY = {"boxes": [], "labels": [], "difficulties": []}
+
+
 @pytest.fixture
 def voc(tmp_path):
     """Make a VOC folder: {image name: annotation text}, with all images in both splits."""
@@ -196,6 +199,7 @@ def test_the_name_of_a_split_is_accepted_in_any_case(split, lists):
         ("TEST_objects.json", [{"boxes": "", "labels": "", "difficulties": ""}] * 2, "are not valid"),
         ("TEST_objects.json", [{"boxes": {}, "labels": [], "difficulties": []}] * 2, "are not valid"),
         ("TEST_objects.json", ["cat", "dog"], "are not valid"),
+        ("TEST_objects.json", [EMPTY | {"more": EMPTY}] * 2, "expected a list as long as"),
     ],
 )
 def test_invalid_lists_are_refused_by_name(lists, file, content, message):
