@@ -34,7 +34,7 @@ def read_split(path, split, classes=None):
     annotations = [_read_annotation(image, names, classes, "kpt_shape" in config) for image in images]
     if not any(os.path.lexists(annotation.path) for annotation in annotations):
         first = annotations[0]
-        problem = "no such file, nor labels of any other image; add them, or give --unannotated for images without any"
+        problem = "no such file, and no other image has labels; add them, or give --unannotated for images without"
         first.problems.append((UNREADABLE, f"{first.path}: {problem}"))
     return annotations
 
@@ -43,15 +43,15 @@ def _read_yaml(path):
     """Return the entries of a data.yaml that are not empty, and its classes, index -> name."""
     (yaml,) = import_optional(f"{path}: reading it", "yaml", packages="pyyaml")
     try:
-        # BaseLoader leaves all values as text, also 1 and no, and does not expand merges, which may explode.
+        # BaseLoader leaves all values as text, even 1 and no. It does not expand merge keys, which may never end.
         config = yaml.load(read_text(path), yaml.BaseLoader)
         names = config.get("names") if isinstance(config, dict) else None
         names = dict(enumerate(names)) if isinstance(names, list) else names
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError("it has no names, a list of class names or a dict index: name")
+            raise ValueError("names must be a list of class names or a dict index: name")
         classes = {int(index): " ".join(name.split()) for index, name in names.items()}
         if "" in classes.values() or len(set(classes.values())) < len(names):
-            raise ValueError("names has an empty name, or one twice")
+            raise ValueError("names has an empty name or the same name twice")
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: cannot read this data.yaml ({reason:.300}); correct it") from error
@@ -63,7 +63,7 @@ def _list_images(path, config, split):
     entries = config[split] if isinstance(config[split], list) else [config[split]]
     root, images = config.get("path", ""), []
     if not all(isinstance(entry, str) for entry in [root, *entries]):
-        raise InputError(f"{path}: path and {split} must be paths; correct them")
+        raise InputError(f"{path}: path must be a folder, {split} folders or .txt files; correct them")
     for entry in entries:
         place = os.path.abspath(os.path.join(os.path.dirname(path), root, entry))
         if not os.path.exists(place):  # Roboflow writes ../train/images for train/images
@@ -77,7 +77,7 @@ def _list_images(path, config, split):
             if not part or any("\0" in image for image in part):
                 raise ValueError("it has no images")
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot read {split}, {place!r:.300} ({error}); correct it") from error
+            raise InputError(f"{path}: cannot read {place!r:.300} of {split} ({error}); correct it") from error
         images += part
     return images
 

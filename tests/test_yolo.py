@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -430,7 +431,7 @@ def test_a_yaml_that_is_no_file_is_refused(tmp_path, kind):
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "yaml", None)
+    monkeypatch.setitem(sys.modules, "yaml", None)
     assert "pip install pyyaml" in read_error(write(tmp_path / "data.yaml", ""))
 
 
