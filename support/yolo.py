@@ -34,7 +34,7 @@ def read_split(path, split, classes=None):
     annotations = [_read_annotation(image, names, classes, "kpt_shape" in config) for image in images]
     if not any(os.path.lexists(annotation.path) for annotation in annotations):
         first = annotations[0]
-        problem = "no such file, and no other image has labels; add them, or give --unannotated for images without"
+        problem = "no such file, and no other image has labels; add them, or give --unannotated if there are none"
         first.problems.append((UNREADABLE, f"{first.path}: {problem}"))
     return annotations
 
