@@ -73,11 +73,14 @@ def find_near_copies(hashes_1, hashes_2):
 
 
 def draw_near_copies(pairs):
-    """Return a picture of pairs of images side by side; a pair is (distance, path, path of its near copy)."""
+    """Return a picture of pairs of images, side by side.
+
+    :param pairs: (split, path, split and path of its near copy, distance) of each
+    """
     tiles = []
-    for distance, *paths in pairs:
-        for path in paths:
-            image = read_image(path)
+    for split, path, other_split, other_path, distance in pairs:
+        for image_split, image_path in ((split, path), (other_split, other_path)):
+            image = read_image(image_path)
             image.thumbnail((TILE, TILE))  # else all full images would be in memory at once
-            tiles.append((f"distance {distance}: {os.path.basename(path)}", image))
+            tiles.append((f"{distance} bits: {image_split} {os.path.basename(image_path)}", image))
     return tile(tiles, 4, TILE)

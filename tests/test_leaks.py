@@ -212,7 +212,7 @@ def test_the_number_of_comparisons_is_proportional_to_the_number_of_images(monke
     assert n_compared[1] == 10 * n_compared[0]
 
 
-def test_the_picture_shows_each_pair_side_by_side_with_its_distance(tmp_path, monkeypatch):
+def test_the_picture_shows_each_pair_side_by_side_with_splits_and_distance(tmp_path, monkeypatch):
     titles = []
 
     def tile_and_note_titles(tiles, columns, side):
@@ -224,7 +224,13 @@ def test_the_picture_shows_each_pair_side_by_side_with_its_distance(tmp_path, mo
     paths = [str(tmp_path / f"{color}.png") for color in colors]
     for number, (path, color) in enumerate(zip(paths, colors, strict=True)):
         Image.new("RGB", (1200 if number % 2 else 100, 600 if number % 2 else 50), color).save(path)
-    picture = draw_near_copies([(0, *paths[:2]), (3, *paths[2:4]), (25, *paths[4:])])
+    picture = draw_near_copies(
+        [
+            ("TEST", paths[0], "TRAIN", paths[1], 0),
+            ("TEST", paths[2], "VAL", paths[3], 3),
+            ("VAL", paths[4], "TRAIN", paths[5], 25),
+        ]
+    )
     # Images of 300 x 150 pixels with margins of 14 and titles of 26, four in a row.
     assert picture.size == (14 + 4 * 314, 14 + 2 * 190)
     for number, color in enumerate(colors):
