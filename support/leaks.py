@@ -82,5 +82,5 @@ def draw_near_copies(pairs):
         for image_split, image_path in ((split, path), (other_split, other_path)):
             image = read_image(image_path)
             image.thumbnail((TILE, TILE))  # else all full images would be in memory at once
-            tiles.append((f"{distance} bits: {image_split} {os.path.basename(image_path)}", image))
+            tiles.append((f"distance {distance}: {image_split} {os.path.basename(image_path)}", image))
     return tile(tiles, 4, TILE)

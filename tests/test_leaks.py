@@ -236,9 +236,5 @@ def test_the_picture_shows_each_pair_side_by_side_with_splits_and_distance(tmp_p
     for number, color in enumerate(colors):
         middle = 14 + (number % 4) * 314 + 150, 14 + (number // 4) * 190 + 26 + 75
         assert picture.getpixel(middle) == Image.new("RGB", (1, 1), color).getpixel((0, 0))
-    assert titles[:4] == [
-        "distance 0: red.png",
-        "distance 0: lime.png",
-        "distance 3: blue.png",
-        "distance 3: yellow.png",
-    ]
+    assert titles[:2] == ["distance 0: TEST red.png", "distance 0: TRAIN lime.png"]
+    assert titles[2:4] == ["distance 3: TEST blue.png", "distance 3: VAL yellow.png"]
