@@ -72,7 +72,8 @@ def _index(content, part, key):
     indexed = {}
     for entry in entries:
         number, text = (entry.get("id"), entry.get(key)) if isinstance(entry, dict) else (None, None)
-        if type(number) is not int or number in indexed or not text or not isinstance(text, str):
+        is_text = isinstance(text, str) and text and "\0" not in text
+        if type(number) is not int or number in indexed or not is_text:
             raise ValueError(f"one of its {part} has no integer id of its own or no {key}: {entry!r:.99}")
         indexed[number] = entry
     return indexed

@@ -33,9 +33,9 @@ def read_split(path, split, classes=None):
     images = tqdm(_list_images(path, config, split), f"{split} labels", unit="", leave=False, disable=None)
     annotations = [_read_annotation(image, names, classes, "kpt_shape" in config) for image in images]
     if not any(os.path.lexists(annotation.path) for annotation in annotations):
-        first = annotations[0]
         problem = "no such file, and no other image has labels; add them, or give --unannotated if there are none"
-        first.problems.append((UNREADABLE, f"{first.path}: {problem}"))
+        for annotation in annotations:
+            annotation.problems.append((UNREADABLE, f"{annotation.path}: {problem}"))
     return annotations
 
 

@@ -10,16 +10,17 @@ import os
 from support.images import read_size
 
 
-def write_coco(annotations, path, image_folder=None):
+def write_coco(annotations, path, image_folder=None, names=None):
     """Write annotations as a JSON file of COCO's; difficult objects become crowds.
 
     As in COCO's own files, ids have gaps and images are not in the order of their ids.
 
     :param annotations: list of Annotation
     :param image_folder: which the images' names start from; None for absolute paths
+    :param names: of the classes; None for those of the annotations, sorted
     :return: class name -> id of its category
     """
-    names = sorted({part.name for annotation in annotations for part in annotation.objects})
+    names = names or sorted({part.name for annotation in annotations for part in annotation.objects})
     category_ids = {name: 3 * index + 7 for index, name in enumerate(names)}
     images, objects = [], []
     for index, annotation in enumerate(annotations):

@@ -1,6 +1,7 @@
-"""Break annotations, splits, lists, labels and priors at random: each must work or end in one line with its name.
+"""Break annotations of all formats, splits, lists, labels and priors at random: each must work or end in one line.
 
 python tests/fuzz.py --cases 10000
+python tests/fuzz.py --cases 10000 --formats coco yolo
 """
 
 import argparse
@@ -23,7 +24,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import create_data_lists
 from datasets import PascalVOCDataset
+from support.annotations import UNREADABLE, UNREADABLE_IMAGE
 from support.files import InputError
+from support.sources import read_sources
 
 SECONDS = 300  # until a case counts as stuck; even on a slow machine a case takes less than one second
 OBJECT = (
@@ -58,6 +61,46 @@ NAMES = (
     "\ufeffa",
     "a\x00b",
 )
+COCO = {
+    "images": [
+        {"id": number, "file_name": f"{name}.jpg", "width": 40, "height": 30} for number, name in enumerate("abc")
+    ],
+    "annotations": [
+        {"id": number, "image_id": number % 3, "category_id": 7, "bbox": [2 + number, 3, 20.5, 9], "area": 99.5,
+         "iscrowd": number % 2, "segmentation": [[2, 3, 22.5, 3, 22.5, 12]]}
+        for number in range(6)
+    ],
+    "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "cat flap"}],
+}  # fmt: skip
+YAML = "path: .\ntrain: images/train\nval: [images/val]\ntest: test.txt\nnames:\n  0: cat\n  1: cat flap\n"
+YAMLS = (
+    "",
+    "[]",
+    "names: cat",
+    "names: [cat",
+    "names: {0: [1]}",
+    "names: {x: cat}",
+    "&a [*a]",
+    "names: &a [*a]\ntrain: *a",
+    "train: 5\nnames: [cat]",
+    "train: [[]]\nnames: [cat]",
+    "train: /dev/zero\nnames: [cat]",
+    "path: 3\n" + YAML,
+    "names: [cat, cat]\ntrain: .",
+    "train: .\nnames: [cat]",
+    YAML.replace("cat", "\t"),
+    YAML + YAML,
+    "a: " * 300,
+    "%YAML 9\n---\n" + YAML,
+    "!!python/object/apply:os.system [ls]",
+    YAML.replace("images", "../images"),
+    "\0",
+    "é",
+    "x0: &x0 [cat]\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1},' * 9}]\n" for n in range(1, 9)) + "names: *x8\ntrain: .",
+)
+LABELS = "0 0.5 0.5 0.25 0.4\n1 0.1 0.1 0.9 0.1 0.5 0.8\n"
+FORMATS = ("voc", "coco", "yolo")
+EXTRA = {f"work/lists/{name}.json" for name in ("dropped", "TRAIN_coco", "VAL_coco", "TEST_coco")}  # only if needed
 PRIORS = {"scales": [0.05, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05], "aspect_ratios": [2, 0.5, 3, 0.33], "clip_centers": True}
 ENCODINGS = ("utf-16", "utf-32", "latin-1", "cp037", "utf-7", "utf-8-sig", "shift_jis")
 
@@ -150,23 +193,62 @@ def make_input(folder):
         (root / "Annotations" / f"{name}.xml").write_text(ANNOTATION)
     for split, name in (("trainval", "a"), ("test", "b"), ("val", "c")):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
-    (folder / "labels").write_text("cat\n")
+    for split, name in (("train", "a"), ("val", "c"), ("test", "b")):
+        for part in ("images", "labels"):
+            (folder / "yolo" / part / split).mkdir(parents=True)
+        (folder / "yolo" / "images" / split / f"{name}.jpg").symlink_to(root / "JPEGImages" / f"{name}.jpg")
+        (folder / "yolo" / "labels" / split / f"{name}.txt").write_text(LABELS)
+        number = "abc".index(name)
+        own = [entry for entry in COCO["annotations"] if entry["image_id"] == number]
+        content = COCO | {"images": [COCO["images"][number]], "annotations": own}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    (folder / "yolo" / "test.txt").write_text("images/test/b.jpg")
+    (folder / "yolo" / "data.yaml").write_text(YAML)
+    (folder / "labels").write_text("cat\ncat flap")
     (folder / "priors").write_text(json.dumps(PRIORS))
     prepare(folder)
     return {path.name: json.loads(path.read_text()) for path in sorted((folder / "lists").iterdir())}
 
 
-def prepare(folder, *more):
-    """Make the lists of the VOC folder in `folder`; `more` are further arguments of the command line."""
-    arguments = ["--train", folder / "VOC", "--test", folder / "VOC", "--validation", folder / "VOC",
+def sources(folder, kind):
+    """Return the sources of a format for --train, --test and --validation."""
+    if kind == "coco":
+        return [f"{folder}/{split}.json:{folder}/VOC/JPEGImages" for split in ("train", "test", "val")]
+    return [folder / ("VOC" if kind == "voc" else "yolo/data.yaml")] * 3
+
+
+def prepare(folder, *more, kind="voc"):
+    """Make the lists of a format's files in `folder`; `more` are further arguments of the command line."""
+    train, test, validation = sources(folder, kind)
+    arguments = ["--train", train, "--test", test, "--validation", validation,
                  "--output-folder", folder / "lists", "--labels", folder / "labels",
                  "--priors", folder / "priors", *more]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         create_data_lists.make_lists(create_data_lists.parse_arguments([str(argument) for argument in arguments]))
 
 
-def spoil(folder, lists, rng):
+def spoil(folder, lists, kind, rng):
     """Spoil one input; return a function without arguments that makes lists from it."""
+    options = rng.choice(((), ("--ignore-unknown",), ("--zero-based",), ("--drop-invalid",), ("--unannotated",)))
+    if kind == "coco":
+        target = folder / rng.choice(("train.json", "val.json", "test.json"))
+        value = json.loads(target.read_text())
+        for _ in range(rng.choice((1, 1, 3))):
+            value = mutate_json(value, rng)
+        text = json.dumps(value).encode()
+        target.write_bytes(mutate_bytes(text, rng) if rng.random() < 0.3 else text)
+        return lambda: prepare(folder, *options, kind=kind)
+    if kind == "yolo":
+        target = (
+            folder / "yolo" / rng.choice(("data.yaml", "test.txt", *["labels/train/a.txt", "labels/val/c.txt"] * 3))
+        )
+        text = rng.choice(YAMLS) if target.suffix == ".yaml" and rng.random() < 0.5 else target.read_text()
+        words = text.split(" ")
+        for _ in range(rng.choice((0, 1, 1, 3))):
+            words[rng.randrange(len(words))] = rng.choice((*VALUES, *NAMES, "0.5", "1", "2", "0.9 0.9", "1.0\n0"))
+        text = " ".join(words).encode(errors="surrogateescape")
+        target.write_bytes(mutate_bytes(text, rng) if rng.random() < 0.4 else text)
+        return lambda: prepare(folder, *options, kind=kind)
     way = rng.randrange(11)
     root = folder / "VOC"
     annotation = root / "Annotations" / f"{rng.choice('ac')}.xml"
@@ -194,7 +276,24 @@ def spoil(folder, lists, rng):
         text = json.dumps(mutate_json(lists[name], rng)).encode()
         (folder / "lists" / name).write_bytes(mutate_bytes(text, rng) if rng.random() < 0.2 else text)
         return lambda: None
-    return lambda: prepare(folder, *rng.choice(((), ("--ignore-unknown",), ("--zero-based",))))
+    return lambda: prepare(folder, *options)
+
+
+def check_counts(folder, kind):
+    """Check that each entry of a COCO file and each line of a YOLO file has become an object or a problem."""
+    for source in {*sources(folder, kind)}:
+        annotations = read_sources([str(source)])
+        kinds = Counter(problem for annotation in annotations for problem, _ in annotation.problems)
+        if kinds[UNREADABLE] or kinds[UNREADABLE_IMAGE]:
+            continue  # nothing is read of these
+        n_read = sum(len(annotation.objects) for annotation in annotations) + kinds.total()
+        if kind == "coco":
+            n_entries = len(json.loads(Path(source.partition(":")[0]).read_text("utf-8-sig"))["annotations"])
+        else:
+            texts = {annotation.path for annotation in annotations if os.path.exists(annotation.path)}
+            lines = [line for path in texts for line in Path(path).read_text("utf-8-sig").split("\n")]
+            n_entries = sum(bool(line.strip()) for line in lines)
+        assert n_read == n_entries, f"{n_entries} entries of {source}, of which {n_read} were read"
 
 
 def load(folder):
@@ -220,8 +319,8 @@ class TooLong(BaseException):
     """A case takes too long. Not an Exception, so that the code under test cannot catch it."""
 
 
-def run_case(number):
-    """Run one case, which depends on its number alone; return "works" or "named".
+def run_case(number, formats=FORMATS):
+    """Run one case, which depends on its number and the formats alone; return "works" or "named".
 
     :raises AssertionError: if it ended in any other way
     """
@@ -234,7 +333,8 @@ def run_case(number):
         folder = Path(parent) / "work"
         folder.mkdir()
         lists = make_input(folder)
-        action = spoil(folder, lists, rng)
+        kind = rng.choice(formats)
+        action = spoil(folder, lists, kind, rng)
         before = snapshot(Path(parent))
         signal.signal(signal.SIGALRM, too_long)
         signal.alarm(SECONDS)
@@ -243,12 +343,15 @@ def run_case(number):
             action()
             made = True
             load(folder)
+            if kind != "voc":
+                check_counts(folder, kind)
             ended = "works"
         except InputError as error:
             message = str(error)
             images = b"".join(path.read_bytes() for path in (folder / "lists").glob("*_images.json"))
             is_listed = message.split(": cannot read this image")[0].encode() in images
-            assert str(folder) in message or is_listed, f"case {number}: names no file: {message}"
+            is_named = str(folder) in message or is_listed or "/etc/passwd" in message  # one of NAMES
+            assert is_named, f"case {number}: names no file: {message}"
             assert "\n" not in message, f"case {number}: more than one line: {message!r}"
             assert len(message) < 10_000, f"case {number}: {len(message)} characters"
             ended = "named"
@@ -257,7 +360,8 @@ def run_case(number):
         finally:
             signal.alarm(0)
         (names, contents), (names_before, contents_before) = snapshot(Path(parent)), before
-        assert names == names_before, f"case {number}: left files behind"
+        left = set(names) ^ set(names_before)
+        assert left <= (EXTRA if made else set()), f"case {number}: left files behind: {left}"
         assert made or contents == contents_before, f"case {number}: changed lists, though it failed"
     return ended
 
@@ -267,13 +371,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     settings = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error", RuntimeWarning)
     started, counts = time.perf_counter(), Counter()
     for number in range(settings.first, settings.first + settings.cases):
         try:
-            counts[run_case(number)] += 1
+            counts[run_case(number, tuple(settings.formats))] += 1
         except AssertionError as error:
             counts["fails"] += 1
             print(error, flush=True)

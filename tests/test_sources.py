@@ -40,7 +40,7 @@ def sources(sample, tmp_path_factory):
     for split, annotations in parts.items():
         stems = [os.path.splitext(os.path.basename(annotation.image))[0] for annotation in annotations]
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems))
-        formats.write_coco(annotations, folder / f"{split}.json", root / "JPEGImages")
+        formats.write_coco(annotations, folder / f"{split}.json", root / "JPEGImages", SAMPLE_LABELS)
     yaml = formats.write_yolo(parts, folder / "yolo")
     return {
         "VOC": {split: f"{root}:{split}" for split in parts},
