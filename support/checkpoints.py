@@ -83,10 +83,7 @@ _SYSTEMS = {
 
 
 def save_weights(path, model):
-    """Write the weights of a model and what describes it, without optimizer state; whole or not at all.
-
-    :param model: SSD300 or SSD512 whose label_map is set
-    """
+    """Write a model, whose label_map is set, without what training resumes from; whole or not at all."""
     save_checkpoint(path, model, {})
 
 

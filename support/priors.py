@@ -51,16 +51,14 @@ def read_priors(path, steps):
     if not isinstance(table, dict) or not {"scales", "aspect_ratios"} <= set(table):
         raise InputError(f"{path}: not a table of priors; expected {example}")
     fields = {"steps": list(steps), "clip_centers": False} | table
-    unknown = set(fields) - {"scales", "aspect_ratios", "steps", "clip_centers"}
+    lengths = {"scales": n_maps + 1, "aspect_ratios": 4, "steps": n_maps}
+    unknown = set(fields) - {*lengths, "clip_centers"}
     if unknown:
         raise InputError(f"{path}: unknown key {min(unknown)!r:.99}; expected {example}, steps and clip_centers")
-    for key, length, unit in (
-        ("scales", n_maps + 1, "in image sides"),
-        ("aspect_ratios", 4, "width over height"),
-        ("steps", n_maps, "in image sides"),
-    ):
+    for key, length in lengths.items():
         values = fields[key]
         if not isinstance(values, list) or len(values) != length or not all(map(_is_number, values)):
+            unit = "width over height" if key == "aspect_ratios" else "in image sides"
             expected = f"{length} numbers from {LOWEST} to {HIGHEST}, {unit}"
             raise InputError(f"{path}: {key} {values!r:.99}: expected {expected}; correct it")
         fields[key] = tuple(map(float, values))

@@ -1,6 +1,7 @@
 """Files are written whole or not at all, and errors end in one line."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from model import SSD300
 from support.checkpoints import save_weights
-from support.files import InputError, atomic_writer, check_outputs, run_command
+from support.files import InputError, atomic_writer, check_outputs, encode_json, run_command
 from support.labels import make_label_map
 from support.sample import SAMPLE_LABELS
 
@@ -43,6 +44,12 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert sorted(os.listdir(tmp_path)) == ["a.json", "link"]
+
+
+@pytest.mark.parametrize("name", ["a", "猫 🙂", "caf\udce9", '\\udce9 \\ "', "\ud83d\udce9 é", "\x00\n"])
+def test_any_name_survives_json(name):
+    """Names of files in other encodings are strings that UTF-8 cannot encode."""
+    assert json.loads(encode_json([name, {name: 1}])) == json.loads(json.dumps([name, {name: 1}]))
 
 
 @pytest.mark.parametrize(
