@@ -109,8 +109,7 @@ def check_images(splits):
             f"{path}: same as {twin}" for path, twin in copies.items() if path != twin
         ]
         rest = [path for path in readable[other] if path not in copies]
-        hashes = [np.array([facts[path][2] for path in paths]) for paths in (readable[one], rest)]
-        pairs = find_near_copies(*hashes) if all(map(len, hashes)) else []
+        pairs = find_near_copies(*([facts[path][2] for path in paths] for paths in (readable[one], rest)))
         problem = f"nearly the same image in {one} and {other}, {len(pairs) / max(1, len(rest)):.1%} of {other}"
         for index, twin_index, distance in pairs:
             path, twin = rest[index], readable[one][twin_index]

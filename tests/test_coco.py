@@ -265,7 +265,8 @@ def test_an_annotation_of_no_image_is_reported_once_and_dropped_without_an_image
         ({"categories": [*CATEGORIES, {"id": 18, "name": "cat"}]}, "one of its categories has no integer id of"),
         ({"categories": [{"id": 18, "name": None}]}, "or no name: {'id': 18, 'name': None}"),
         ({"images": [{"id": 1, "file_name": "d\n.jpg"}]}, r"cannot find its image 'd\n.jpg'; give its folder"),
-        ({"images": [{"id": 1, "file_name": "\0\ud800"}]}, "cannot find its image"),
+        ({"images": [{"id": 1, "file_name": "\ud800"}]}, "cannot find its image"),
+        ({"images": [{"id": 1, "file_name": "a\0b"}]}, "no integer id of its own or no file_name"),
         ({"images": [{"id": 1, "file_name": "d" * 5000}]}, "cannot find its image"),
     ],
 )  # fmt: skip

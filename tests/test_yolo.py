@@ -184,16 +184,15 @@ def test_an_image_without_a_label_file_or_with_an_empty_one_has_no_objects(tmp_p
     assert not any(annotation.problems for annotation in annotations)
 
 
-def test_a_split_without_any_label_file_names_the_first_that_it_expects(tmp_path, dataset):
+def test_a_split_without_any_label_file_names_those_that_it_expects(tmp_path, dataset):
     dataset()
     draw(tmp_path / "images" / "b.jpg")
     (tmp_path / "labels" / "a.txt").unlink()
-    first, second = yolo.read_split(str(tmp_path / "data.yaml"), "train")
-    ((kind, line),) = first.problems
-    assert kind == UNREADABLE
-    assert line.startswith(f"{tmp_path}/labels/a.txt: ")
-    assert "--unannotated" in line
-    assert not second.problems
+    for name, annotation in zip("ab", yolo.read_split(str(tmp_path / "data.yaml"), "train"), strict=True):
+        ((kind, line),) = annotation.problems
+        assert kind == UNREADABLE
+        assert line.startswith(f"{tmp_path}/labels/{name}.txt: ")
+        assert "--unannotated" in line
 
 
 def test_all_splits_are_checked_for_label_files_one_by_one(tmp_path):
