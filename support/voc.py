@@ -101,7 +101,9 @@ def read_split(root, split=None, zero_based=False, classes=None):
         else:
             source = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
             lines = [line.strip() for line in read_text(source).split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        if any("\0" in line for line in lines):
+            raise ValueError("it has null bytes")
+    except (OSError, ValueError) as error:
         kind = "split" if split else "folder"
         raise InputError(f"{source}: cannot read this {kind} ({error}); {root} must be in VOC's layout") from error
     if not lines:
