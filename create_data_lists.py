@@ -74,8 +74,7 @@ def parse_arguments(arguments=None):
     add("--sample", action="store_true", help="make a small synthetic data set and its lists in the output folder")
     settings = parser.parse_args(arguments)
 
-    given = [settings.sample, settings.download, settings.voc07, settings.coco, settings.train]
-    n_given = sum(map(bool, given))
+    n_given = sum(map(bool, (settings.sample, settings.download, settings.voc07, settings.coco, settings.train)))
     if settings.voc12 and not settings.voc07:
         raise InputError("--voc12 needs --voc07, which has the test split")
     if n_given != 1 and not (settings.preview and n_given == 0):
@@ -127,9 +126,7 @@ def _complete_sources(settings):
         length = []  # train.py's default
     if settings.coco:
         start = os.path.join(settings.coco, "annotations", "instances_")
-        folders = [os.path.join(settings.coco, name) for name in ("train2017", "val2017")]
-        sources = [f"{start}{os.path.basename(folder)}.json:{folder}" for folder in folders]
-        settings.train, settings.test = sources[:1], sources[1:]
+        settings.train, settings.test = [f"{start}train2017.json"], [f"{start}val2017.json"]
         settings.drop_invalid = True  # COCO itself has boxes without height
         settings.priors = settings.priors or "coco"
         length = ["--iterations", "400000", "--decay-at", "280000", "360000"]  # ssd_coco.py
