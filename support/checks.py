@@ -75,17 +75,12 @@ def check_images(splits):
     :param splits: {"TRAIN": annotations, "TEST": the same ...}
     :return: a dict, problem -> lines that name the file, of what is worth a look; and images that are nearly the same,
         the closest first, as `leaks.draw_near_copies` takes them
-    :raises InputError: if a process was killed
     """
     paths = sorted({annotation.image for annotations in splits.values() for annotation in annotations})
     loader = DataLoader(
-        _ImageFacts(paths), batch_size=None, collate_fn=tuple, num_workers=count_cores(), worker_init_fn=ignore_signals
+        paths, batch_size=None, collate_fn=_read_facts, num_workers=count_cores(), worker_init_fn=ignore_signals
     )
-    try:
-        facts = list(tqdm(loader, "images", unit="", leave=False, disable=None))
-    except RuntimeError as error:
-        raise InputError("--check: a process that reads images was killed; check that memory suffices") from error
-    facts = dict(zip(paths, facts, strict=True))
+    facts = dict(zip(paths, tqdm(loader, "images", unit="", leave=False, disable=None), strict=True))
     odd, near_copies = defaultdict(list), []
     for annotations in splits.values():
         for annotation in annotations:
@@ -119,20 +114,14 @@ def check_images(splits):
     return _without_duplicates(odd), near_copies
 
 
-class _ImageFacts(list):
-    """A data set of image paths. Item i is (size, digest, perceptual hash, problem) of image i; None for the unknown.
-
-    As a data set it is read by a DataLoader, in several processes.
-    """
-
-    def __getitem__(self, index):
-        path = super().__getitem__(index)
-        try:
-            image = read_image(path)
-            with open(path, "rb") as file:
-                return image.size, hashlib.file_digest(file, "sha256").digest(), perceptual_hash(image), None
-        except (InputError, OSError) as error:
-            return None, None, None, str(error)
+def _read_facts(path):
+    """Return (size, digest, perceptual hash, problem) of an image; None for what is unknown."""
+    try:
+        image = read_image(path)
+        with open(path, "rb") as file:
+            return image.size, hashlib.file_digest(file, "sha256").digest(), perceptual_hash(image), None
+    except (InputError, OSError) as error:
+        return None, None, None, str(error)
 
 
 def _check_boxes(annotation, odd):

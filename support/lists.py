@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from support.annotations import MAX_COORDINATE
-from support.files import InputError, make_folder, read_json, write_json
+from support.files import InputError, make_folder, read_json, remove_half_written, write_json
 from support.labels import check_label_map
 
 SPLITS = ("TRAIN", "VAL", "TEST")  # a data folder need not have VAL
@@ -39,6 +39,7 @@ def write_data_lists(lists, label_map, output_folder, coco_ids=None, dropped=Non
     for split in SPLITS:
         earlier |= {*_list_files(output_folder, split), coco_file(output_folder, split)}
     for path in earlier - files.keys():
+        remove_half_written(path)
         with suppress(FileNotFoundError):
             os.remove(path)
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import signal
 from pathlib import Path
 
 import fuzz
@@ -503,13 +502,6 @@ def test_objects_of_ignored_classes_are_not_checked(folder, tmp_path, capsys):
     assert "Worth a look" not in capsys.readouterr().out
     with pytest.raises(InputError, match=r"2 \(dust\) has a box without area.*2 problems"):
         prepare(*arguments)
-
-
-def test_a_killed_reading_process_gives_one_line(spoilt, monkeypatch):
-    splits = read_splits(spoilt)
-    monkeypatch.setattr(checks, "read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match="a process that reads images was killed"):
-        check_splits(splits, with_images=True)
 
 
 def test_overlaps_with_priors_are_computed_with_the_images_size(folder, tmp_path, capsys):
