@@ -16,7 +16,7 @@ from collections import Counter
 
 from datasets import PascalVOCDataset
 from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
-from support.annotations import drop_invalid, hold_out, label_objects, split_at_random
+from support.annotations import drop_invalid, each_image_once, hold_out, label_objects, split_at_random
 from support.checkpoints import coco_label_map
 from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.download import download_voc
@@ -83,6 +83,8 @@ def parse_arguments(arguments=None):
         raise InputError("--test and --split need --train")
     if settings.train and bool(settings.test) == (settings.split is not None):
         raise InputError("--train needs either --test SOURCE or --split SHARE")
+    if settings.unannotated and settings.split is not None:
+        raise InputError("--unannotated needs --test, not --split, whose images are annotated")
     if settings.split is not None and not 0 < settings.split < 1:
         raise InputError(f"--split {settings.split}: must lie between 0 and 1")
     settings.validation_share = _parse_share(settings.validation)
@@ -125,6 +127,8 @@ def _complete_sources(settings):
         settings.test = [f"{settings.voc07}:test"]
         length = []  # train.py's default
     if settings.coco:
+        if not os.path.isdir(os.path.join(settings.coco, "annotations")):
+            raise InputError(f"{settings.coco}: has no folder annotations; give the folder that has train2017, too")
         start = os.path.join(settings.coco, "annotations", "instances_")
         settings.train, settings.test = [f"{start}train2017.json"], [f"{start}val2017.json"]
         settings.drop_invalid = True  # COCO itself has boxes without height
@@ -142,7 +146,7 @@ def read_splits(settings, classes):
     """
     common = {"zero_based": settings.zero_based, "classes": classes}
     if settings.split is not None:
-        annotations = _each_image_once(read_sources(settings.train, **common))
+        annotations = each_image_once(read_sources(settings.train, **common))
         train, test = split_at_random(annotations, settings.split, settings.seed, f"--split {settings.split}")
     else:
         train, test = read_sources(settings.train, "TRAIN", **common), read_sources(settings.test, "TEST", **common)
@@ -150,7 +154,7 @@ def read_splits(settings, classes):
 
     share = settings.validation_share
     if share is not None:
-        validation, _ = split_at_random(_each_image_once(train), share, settings.seed, f"--validation {share}")
+        validation, _ = split_at_random(each_image_once(train), share, settings.seed, f"--validation {share}")
     elif settings.validation:
         validation = read_sources(settings.validation, "VAL", **common)
     if settings.validation:
@@ -159,14 +163,10 @@ def read_splits(settings, classes):
         if share is None and len(remaining) < len(train):
             print(f"TRAIN: {len(train) - len(remaining)} images left out, because they are in VAL")
 
-    leave_out_crowds(splits["TRAIN"] + splits.get("VAL", []))
+    leave_out_crowds(splits)
     if settings.unannotated:
         leave_out_objects(test)
     return splits
-
-
-def _each_image_once(annotations):
-    return list({os.path.realpath(annotation.image): annotation for annotation in annotations}.values())
 
 
 def collect_labels(splits):
@@ -200,7 +200,7 @@ def make_lists(settings):
 
     # Write the lists.
     lists = label_objects(splits, classes)
-    ids = {split: coco_ids(annotations, classes) for split, annotations in splits.items()}
+    ids = coco_ids(splits, classes)
     del splits  # frees the memory of what the lists do not hold
     write_data_lists(lists, classes, settings.output_folder, ids, dropped)
     print_summary(lists, classes)

@@ -21,6 +21,7 @@ MAX_COORDINATE = 1e9  # pixels; no image is larger
 UNREADABLE, UNREADABLE_IMAGE = "annotation that cannot be read", "image that cannot be read"
 NO_CLASS, NO_BOX = "object without a class", "object without a box"
 NO_AREA, OUTSIDE = "box without area", "box outside its image"
+NO_IMAGE = "object of an image that its file does not list"
 
 
 class Object(NamedTuple):
@@ -127,7 +128,8 @@ def drop_invalid(splits):
                     annotation.problems = []
                 remaining.append(annotation)
         if annotations and not remaining:
-            raise InputError(f"{annotations[0].path}: like all others of {split}, it would be dropped; correct them")
+            _, line = find_problems(annotations[0])[0]
+            raise InputError(f"{line} (no image of {split} would remain, all have such problems)")
         splits[split] = remaining
     return list(dropped)
 
@@ -174,6 +176,19 @@ def _entry(annotation, label_map):
     }
 
 
+def each_image_once(annotations):
+    """Return annotations without those that occur again.
+
+    :raises InputError: naming the image, if it has two different annotations
+    """
+    unique = {}
+    for annotation in annotations:
+        kept = unique.setdefault(os.path.realpath(annotation.image), annotation)
+        if os.path.realpath(kept.path) != os.path.realpath(annotation.path):
+            raise InputError(f"{annotation.image}: annotated by {kept.path} and by {annotation.path}; give one of them")
+    return list(unique.values())
+
+
 def split_at_random(annotations, share, seed, option):
     """Divide annotations at random; return two lists, each in the given order.
 
@@ -208,4 +223,8 @@ def hold_out(train, validation, test):
             f"{train[0].image}: all TRAIN images are in VAL too, so none remain to train on; give --validation other "
             "images, or a share of TRAIN such as 0.1"
         )
+    for annotation in train:
+        # Objects of no image are reported with the first image of their file. They remain in the training split.
+        if os.path.realpath(annotation.image) in held_out:
+            remaining[0].problems += [problem for problem in annotation.problems if problem[0] == NO_IMAGE]
     return remaining

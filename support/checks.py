@@ -24,6 +24,7 @@ from support.files import InputError
 from support.images import draw_boxes, read_image, tile
 from support.labels import label_color_map, label_names
 from support.leaks import find_near_copies, perceptual_hash
+from support.lists import SharedPaths
 
 N_SHOWN = 5  # lines to print of each problem
 TILE = 420  # side of a preview's pictures, pixels
@@ -59,7 +60,7 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
                 breaking[problem].append(line)
             _check_boxes(annotation, odd)
         objects[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
-        missing = [name for name in label_map if name not in present and name != "background"]
+        missing = [name for name in label_map if present and name not in present and name != "background"]
         odd[f"class without objects in {split}"] += missing
     return _without_duplicates(breaking), _without_duplicates(odd), objects
 
@@ -76,7 +77,7 @@ def check_images(splits):
     :return: a dict, problem -> lines that name the file, of what is worth a look; and images that are nearly the same,
         the closest first, as `leaks.draw_near_copies` takes them
     """
-    paths = sorted({annotation.image for annotations in splits.values() for annotation in annotations})
+    paths = SharedPaths(sorted({annotation.image for annotations in splits.values() for annotation in annotations}))
     loader = DataLoader(
         paths, batch_size=None, collate_fn=_read_facts, num_workers=count_cores(), worker_init_fn=ignore_signals
     )
@@ -105,7 +106,8 @@ def check_images(splits):
         ]
         rest = [path for path in readable[other] if path not in copies]
         pairs = find_near_copies(*([facts[path][2] for path in paths] for paths in (readable[one], rest)))
-        problem = f"nearly the same image in {one} and {other}, {len(pairs) / max(1, len(rest)):.1%} of {other}"
+        share = len(pairs) / max(1, len(readable[other]))
+        problem = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
         for index, twin_index, distance in pairs:
             path, twin = rest[index], readable[one][twin_index]
             odd[problem].append(f"{path}: like {twin}")

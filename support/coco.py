@@ -8,10 +8,16 @@ import os
 import sys
 from contextlib import suppress
 
-from support.annotations import MAX_COORDINATE, NO_BOX, NO_CLASS, UNREADABLE, UNREADABLE_IMAGE, Annotation
+from support.annotations import (
+    MAX_COORDINATE,
+    NO_BOX,
+    NO_CLASS,
+    NO_IMAGE,
+    UNREADABLE,
+    UNREADABLE_IMAGE,
+    Annotation,
+)
 from support.files import InputError, read_text
-
-NO_IMAGE = "annotation of an image that its file does not list"  # the first image reports it, so it is not lost
 
 
 def read_file(path, image_folder=None, classes=None):
@@ -72,8 +78,8 @@ def _index(content, part, key):
     indexed = {}
     for entry in entries:
         number, text = (entry.get("id"), entry.get(key)) if isinstance(entry, dict) else (None, None)
-        is_text = isinstance(text, str) and text and "\0" not in text
-        if type(number) is not int or number in indexed or not is_text:
+        is_name = isinstance(text, str) and text and "\0" not in text and os.fsencode(text)  # which raises ValueError
+        if type(number) is not int or number in indexed or not is_name:
             raise ValueError(f"one of its {part} has no integer id of its own or no {key}: {entry!r:.99}")
         indexed[number] = entry
     return indexed
@@ -85,9 +91,11 @@ def _annotate_images(path, images, folder, names):
     listed, annotations = set(), {}
     with suppress(OSError), os.scandir(folder) as files:  # much faster than asking for each file
         listed.update(file.name for file in files if file.is_file())
-    category_ids = {name: number for number, name in reversed(names.items())}  # of a name with two ids, the first
+    category_ids = {name: number for number, name in names.items()}
+    category_ids = category_ids if len(category_ids) == len(names) else None  # a name may have two ids
     for number, entry in images.items():
-        image, size = os.path.join(folder, entry["file_name"]), (entry.get("width"), entry.get("height"))
+        image = os.path.normpath(os.path.join(folder, entry["file_name"]))
+        size = entry.get("width"), entry.get("height")
         size = size if all(_is_number(side) and side >= 1 for side in size) else None
         annotation = Annotation(image, f"{path}, image {number}", "annotation", 0, size, number, category_ids)
         if entry["file_name"] not in listed and not os.path.isfile(image):

@@ -158,7 +158,8 @@ def _flush(file):
 def remove_half_written(path):
     """Remove what `atomic_writer` left of a file in earlier processes that were killed."""
     for temporary in _earlier_temporaries(os.path.dirname(path)):
-        if re.fullmatch(re.escape(path) + r"\.\d+\.tmp", temporary):
+        match = re.fullmatch(re.escape(path) + r"\.(\d+)\.tmp", temporary)
+        if match and not os.path.exists(f"/proc/{match[1]}"):  # its process has ended
             with suppress(FileNotFoundError):
                 os.remove(temporary)
 

@@ -31,7 +31,7 @@ def write_data_lists(lists, label_map, output_folder, coco_ids=None, dropped=Non
     files = {os.path.join(output_folder, "label_map.json"): label_map}
     for split, (images, objects) in lists.items():
         files |= zip(_list_files(output_folder, split), (images, objects), strict=True)
-    files |= {coco_file(output_folder, split): ids for split, ids in (coco_ids or {}).items() if ids}
+    files |= {coco_file(output_folder, split): ids for split, ids in (coco_ids or {}).items()}
     files |= {os.path.join(output_folder, "dropped.json"): dropped} if dropped else {}
     make_folder(output_folder)
     write_json(files)
@@ -80,16 +80,18 @@ def read_data_lists(data_folder, split):
         )
     arrays = _ObjectArrays()
     label_map, images = read_json(label_file), read_json(image_file)
-    are_valid = read_json(object_file, object_hook=arrays.append)
+    entries = read_json(object_file, object_hook=arrays.append)  # a list that has the arrays for each valid entry
     check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
         raise InputError(f"{image_file}: expected a list of one or more image paths; run create_data_lists.py again")
-    is_nested = len(arrays.lengths) > len(images)  # dicts within dicts have been read as entries, too
-    if not isinstance(are_valid, list) or len(are_valid) != len(images) or is_nested:
+    if not isinstance(entries, list) or len(entries) != len(images):
         raise InputError(f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again")
-    wrong = next((index for index, is_valid in enumerate(are_valid) if is_valid is not True), None)
-    objects = SharedObjects(arrays) if wrong is None else None
-    wrong = objects.find_wrong(len(label_map)) if objects else wrong
+    wrong = next((index for index, entry in enumerate(entries) if entry is not arrays), None)
+    if wrong is None and len(arrays.lengths) != len(images):  # dicts in dicts have been read as entries, too
+        wrong = 0
+    if wrong is None:
+        objects = SharedObjects(arrays)
+        wrong = objects.find_wrong(len(label_map))
     if wrong is not None:
         raise InputError(f"{object_file}: the objects of {images[wrong]} are not valid; run create_data_lists.py again")
     return SharedPaths(images), objects, label_map
@@ -145,19 +147,19 @@ class _ObjectArrays:
         self.lengths, self.boxes, self.labels, self.difficulties = array("q"), array("d"), array("q"), array("B")
 
     def append(self, entry):
-        """Append an entry; return whether its values have the right types and numbers."""
+        """Append an entry and return these arrays; return None if its values have wrong types or numbers."""
         try:
             boxes, labels, difficulties = parts = [entry[key] for key in ("boxes", "labels", "difficulties")]
             are_lists = all(type(part) is list for part in parts)
             if not are_lists or not len(boxes) == len(labels) == len(difficulties) or any(len(b) != 4 for b in boxes):
-                return False
-            self.boxes.extend(chain.from_iterable(boxes))
-            self.labels.extend(labels)
-            self.difficulties.extend(difficulties)
+                return None
+            values = array("d", chain.from_iterable(boxes)), array("q", labels), array("B", difficulties)
         except (KeyError, TypeError, OverflowError):
-            return False
+            return None
+        for whole, part in zip((self.boxes, self.labels, self.difficulties), values, strict=True):
+            whole.extend(part)
         self.lengths.append(len(labels))
-        return True
+        return self
 
 
 class SharedObjects(_SharedList):

@@ -13,7 +13,7 @@ import io
 import itertools
 import math
 import os
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 
@@ -29,11 +29,15 @@ def image_names(paths):
     names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if len(set(names)) < len(set(paths)):
         paths = [os.path.abspath(path) for path in paths]
-        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-    unique = {}  # a dict keeps the order
+        common_folder = os.path.commonpath(paths)
+        names = [os.path.relpath(path, common_folder) for path in paths]
+    unique, counts = {}, Counter()  # a dict keeps the order
     for name in names:
-        candidates = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
-        unique[next(candidate for candidate in candidates if candidate not in unique)] = None
+        candidate = name
+        while candidate in unique:
+            counts[name] += 1
+            candidate = f"{name} ({counts[name] + 1})"
+        unique[candidate] = None
     return list(unique)
 
 

@@ -108,8 +108,9 @@ def clean(folder, is_new):
 
     checkpoint.pth and log.jsonl stay until they are replaced, numbered checkpoints for good.
     """
-    for temporary in glob.glob(os.path.join(glob.escape(folder), "*.pth.*.tmp")):  # the other files clear their own
-        os.remove(temporary)
+    for name in (*RUN_FILES, "checkpoint_*.pth"):
+        for temporary in glob.glob(os.path.join(glob.escape(folder), f"{name}.*.tmp")):
+            os.remove(temporary)
     if is_new:
         for name in ("best.pth", "curves.png", "detected.png"):
             with suppress(FileNotFoundError):

@@ -18,7 +18,7 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
     """Read annotations in any format.
 
     :param sources: folders in VOC's layout, ROOT or ROOT:SPLIT; COCO's annotations, FILE.json or
-        FILE.json:IMAGE_FOLDER; YOLO's data sets, DATA.yaml or DATA.yaml:SPLIT
+        FILE.json:IMAGE_FOLDER; YOLO's data sets, DATA.yaml or DATA.yaml:SPLIT, or a folder with data.yaml
     :param split: "TRAIN", "VAL" or "TEST", for sources that name no split; None for all images of each source
     :param zero_based: whether VOC's annotations count pixels from 0
     :param classes: names of the classes to read, others are ignored; None for all
@@ -28,7 +28,8 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
     annotations = []
     for source in sources:
         path, part = _parse_source(source)
-        suffix = os.path.splitext(path)[1].lower()
+        if not os.path.isdir(os.path.join(path, "Annotations")) and os.path.isfile(os.path.join(path, "data.yaml")):
+            path = os.path.join(path, "data.yaml")
         if os.path.isdir(path):
             annotations += voc.read_split(path, part or VOC_SPLITS.get(split), zero_based, classes)
         elif not os.path.isfile(path):
@@ -36,7 +37,7 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
                 f"{source}: no such folder or file; give a folder in VOC's layout (ROOT[:SPLIT]), a file of COCO's "
                 "(FILE.json[:IMAGE_FOLDER]) or of YOLO's (DATA.yaml[:SPLIT])"
             )
-        elif suffix in (".yaml", ".yml"):
+        elif path.lower().endswith((".yaml", ".yml")):
             annotations += yolo.read_split(path, part or YOLO_SPLITS.get(split), classes)
         else:
             annotations += coco.read_file(path, part, classes)
@@ -49,35 +50,47 @@ def _parse_source(source):
     return (path, part) if path and part and not os.path.exists(source) else (source, None)
 
 
-def leave_out_crowds(annotations):
-    """Remove COCO's crowds, each one box around many objects, which cannot be trained on; in place."""
-    for annotation in annotations:
-        if annotation.image_id is not None:
-            annotation.objects = [part for part in annotation.objects if not part.difficult]
+def leave_out_crowds(splits):
+    """Remove COCO's crowds, each one box around many objects, from what is trained or validated on; in place."""
+    for split in splits.keys() - {"TEST"}:
+        n_crowds = 0
+        for annotation in splits[split]:
+            if annotation.image_id is not None:
+                objects = [item for item in annotation.objects if not item.difficult]
+                n_crowds += len(annotation.objects) - len(objects)
+                annotation.objects = objects
+        if n_crowds:
+            print(f"{split}: {n_crowds} crowds left out")
 
 
 def leave_out_objects(annotations):
-    """Remove all objects and their problems, for images that are not annotated; in place."""
+    """Remove all objects and their problems, for test images that are not annotated; in place."""
+    n_objects = sum(len(annotation.objects) for annotation in annotations)
+    if n_objects:
+        print(f"TEST: {n_objects} objects left out (--unannotated)")
     for annotation in annotations:
         annotation.objects = []
         annotation.problems = [problem for problem in annotation.problems if problem[0] == UNREADABLE_IMAGE]
 
 
-def coco_ids(annotations, label_map):
-    """Return what COCO's own evaluation needs beside the lists, or None unless every image and class has an id.
+def coco_ids(splits, label_map):
+    """Return split -> what COCO's own evaluation needs beside the lists, where every image and class has an id.
 
-    :return: {"image_ids": one per image, "category_ids": {class name: id}, "areas": per image, of each object}
+    :return: split -> {"image_ids": one per image, "category_ids": {class name: id}, "areas": per image, of each object}
     """
-    image_ids = [annotation.image_id for annotation in annotations]
-    if None in image_ids or len(set(image_ids)) < len(image_ids):
-        return None
-    category_ids = annotations[0].category_ids
     names = [name for name in label_map if name != "background"]
-    is_common = all(annotation.category_ids == category_ids for annotation in annotations)
-    if not is_common or not category_ids.keys() >= set(names):
-        return None
-    return {
-        "image_ids": image_ids,
-        "category_ids": {name: category_ids[name] for name in names},
-        "areas": [[part.area for part in annotation.objects] for annotation in annotations],
-    }
+    ids = {}
+    for split, annotations in splits.items():
+        image_ids = [annotation.image_id for annotation in annotations]
+        category_ids = annotations[0].category_ids or {}
+        has_image_ids = None not in image_ids and len(set(image_ids)) == len(image_ids)
+        is_common = all(annotation.category_ids == category_ids for annotation in annotations)
+        if has_image_ids and is_common and category_ids.keys() >= set(names):
+            ids[split] = {
+                "image_ids": image_ids,
+                "category_ids": {name: category_ids[name] for name in names},
+                "areas": [[item.area for item in annotation.objects] for annotation in annotations],
+            }
+        elif any(image_id is not None for image_id in image_ids):
+            print(f"{split}: COCO's own ids are not kept, because some images or classes have none or share one")
+    return ids

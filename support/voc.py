@@ -97,12 +97,13 @@ def read_split(root, split=None, zero_based=False, classes=None):
     try:
         if split is None:
             source = os.path.join(root, "Annotations")
-            lines = sorted(name.removesuffix(".xml") for name in os.listdir(source) if name.endswith(".xml"))
+            lines = [name.removesuffix(".xml") for name in sorted(os.listdir(source)) if name.endswith(".xml")]
         else:
             source = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
             lines = [line.strip() for line in read_text(source).split("\n") if line.strip()]
         if any("\0" in line for line in lines):
             raise ValueError("it has null bytes")
+        images = _list_images(os.path.join(root, "JPEGImages"))
     except (OSError, ValueError) as error:
         kind = "split" if split else "folder"
         raise InputError(f"{source}: cannot read this {kind} ({error}); {root} must be in VOC's layout") from error
@@ -110,11 +111,11 @@ def read_split(root, split=None, zero_based=False, classes=None):
         raise InputError(f"{source}: names no images; add some")
     annotations = []
     for line in tqdm(lines, "annotations", unit="", leave=False, disable=None):
-        images = {name: _find_image(root, name) for name in _possible_names(line)}
-        name = next((name for name, image in images.items() if image), line)
-        image = images[name] or os.path.join(root, "JPEGImages", f"{line:.200}.jpg")
+        candidates = {name: images.get(name) or _find_in_subfolder(root, name) for name in _possible_names(line)}
+        name = next((name for name, image in candidates.items() if image), line)
+        image = candidates[name] or os.path.join(root, "JPEGImages", f"{line:.200}.jpg")
         annotation = read_annotation(os.path.join(root, "Annotations", f"{name}.xml"), zero_based, classes, image)
-        if not images[name]:
+        if not candidates[name]:
             message = f"{image}: no such image, but {source} names it; add the image or remove it there"
             annotation.problems = [(UNREADABLE_IMAGE, message)]
         annotations.append(annotation)
@@ -132,13 +133,22 @@ def _possible_names(line):
     return names
 
 
-def _find_image(root, name):
-    """Return the path of an image, whose name may include folders below JPEGImages, or None."""
-    if not {"", ".", ".."}.isdisjoint(name.split("/")):  # never outside of JPEGImages
+def _list_images(folder):
+    """Return name without suffix -> path of the images in a folder; of several suffixes the first in IMAGE_SUFFIXES."""
+    parts = [os.path.splitext(name) for name in sorted(os.listdir(folder))]
+    return {
+        stem: os.path.join(folder, stem + suffix)
+        for known in reversed(IMAGE_SUFFIXES) for stem, suffix in parts if suffix.lower() == known
+    }  # fmt: skip
+
+
+def _find_in_subfolder(root, name):
+    """Return the path of an image whose name includes folders below JPEGImages, or None."""
+    parts = name.split("/")
+    if len(parts) == 1 or not {"", ".", ".."}.isdisjoint(parts):  # never outside of JPEGImages
         return None
     start = os.path.join(root, "JPEGImages", name)
-    paths = (start + suffix for lower in IMAGE_SUFFIXES for suffix in (lower, lower.upper()))
-    return next((path for path in paths if os.path.isfile(path)), None)
+    return next((start + suffix for suffix in IMAGE_SUFFIXES if os.path.isfile(start + suffix)), None)
 
 
 def create_data_lists(train, test, output_folder, label_map=label_map):

@@ -18,14 +18,13 @@ def read_split(path, split, classes=None):
 
     :param split: "train", "val" or "test"; None for all that the yaml has
     :param classes: names of the classes to read, others are ignored; None for all
-    :return: list of Annotation, one per image, sorted by path within a folder; if the split is None, each image once
+    :return: list of Annotation, one per image, sorted by path within a folder
     :raises InputError: naming the yaml, if it or what it names cannot be used
     """
     config, names = _read_yaml(path)
     splits = [name for name in ("train", "val", "test") if config.get(name)]
     if split is None and splits:
-        parts = [read_split(path, name, classes) for name in splits]
-        return list({os.path.realpath(annotation.image): annotation for part in parts for annotation in part}.values())
+        return [annotation for name in splits for annotation in read_split(path, name, classes)]
     if split not in splits:
         known = " or ".join(f"{path}:{name}" for name in splits) or f"{path} an entry such as train: images/train"
         raise InputError(f"{path}: has no images for {split or 'any split'}; give {known}")

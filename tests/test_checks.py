@@ -203,17 +203,19 @@ def test_the_seed_of_the_command_line_decides_the_random_split(folder, tmp_path)
 
 
 def test_the_images_of_a_random_split_do_not_depend_on_the_order_of_the_folder(folder, monkeypatch):
-    root = folder({"x": {f"{number}.jpg": xml() for number in range(5)}})
+    root = folder({"x": {f"{name}.jpg": xml() for name in ("a", "a-1", "b", "a 2")}})
     expected = read_split(root)
-    names = os.listdir(root / "Annotations")
-    for order in (sorted(names), sorted(names, reverse=True)):
-        monkeypatch.setattr(os, "listdir", lambda _, order=order: order)
+    # The order of the files' names, in which earlier versions divided them, too.
+    assert [os.path.basename(annotation.path) for annotation in expected] == ["a 2.xml", "a-1.xml", "a.xml", "b.xml"]
+    names = {folder: sorted(os.listdir(folder)) for folder in (f"{root}/Annotations", f"{root}/JPEGImages")}
+    for step in (1, -1):
+        monkeypatch.setattr(os, "listdir", lambda folder, step=step: names[folder][::step])
         assert read_split(root) == expected
 
 
 def test_of_several_images_with_one_name_the_jpeg_is_used(folder):
-    root = folder({"trainval": {"a.png": xml()}, "test": {"a.jpg": xml()}, "more": {"a.bmp": xml()}})
-    assert read_split(root, "trainval")[0].image.endswith("a.jpg")
+    root = folder({"trainval": {"a.png": xml()}, "test": {"a.Jpg": xml()}, "more": {"a.bmp": xml()}})
+    assert read_split(root, "trainval")[0].image.endswith("a.Jpg")
 
 
 def test_an_image_name_may_include_sub_folders(folder):

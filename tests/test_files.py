@@ -166,11 +166,13 @@ def test_a_signal_ends_a_script_and_its_processes_at_once_in_one_line(number, st
 
 
 def test_what_a_killed_process_left_half_written_is_removed_by_the_next_writer_of_that_file(tmp_path):
-    """The path is one with special characters; other files, also another's temporary one, stay."""
+    """The path is one with special characters; other files, also those of a process that still writes, stay."""
     folder = tmp_path / "[a]*"
     folder.mkdir()
-    others = ["x", "x.json.1.tmp2", "x.json.old.tmp", "x.json.gz.7.tmp", "ax.json.7.tmp"]
-    for name in [*others, "x.json.7.tmp", "x.json.88.tmp"]:
+    ended, living = 10**8, os.getppid()  # no process has a number as high as the first
+    others = ["x", f"x.json.{ended}.tmp2", "x.json.old.tmp", f"x.json.gz.{ended}.tmp", f"ax.json.{ended}.tmp"]
+    others.append(f"x.json.{living}.tmp")
+    for name in [*others, f"x.json.{ended}.tmp", f"x.json.{ended + 1}.tmp"]:
         (folder / name).write_text("")
     with atomic_writer(folder / "x.json") as file:
         file.write(b"new")

@@ -165,7 +165,7 @@ def test_ids_and_areas_of_coco_lie_beside_the_lists(tmp_path):
     train, test = (json.loads((tmp_path / "lists" / f"{split}_coco.json").read_text()) for split in ("TRAIN", "TEST"))
     assert train == {"image_ids": [5, 2], "category_ids": {"bolt": 4, "nut": 9}, "areas": [[120.5, 120.5], []]}
     assert test == train | {"areas": [[120.5, 120.5], [120.5]]}
-    assert coco_ids([Annotation("a", "a.xml")], {"background": 0}) is None
+    assert coco_ids({"TEST": [Annotation("a", "a.xml")]}, {"background": 0}) == {}
 
 
 def test_what_is_not_valid_stops_the_command_unless_it_is_dropped(tmp_path, run):
@@ -194,7 +194,8 @@ def test_what_is_not_valid_stops_the_command_unless_it_is_dropped(tmp_path, run)
     (tmp_path / "b.png").unlink()
     source = f"{source}:{tmp_path}"
     message = run("create_data_lists.py", *options([source], [source], tmp_path / "none", "--drop-invalid"), status=2)
-    assert "like all others of TRAIN, it would be dropped" in message
+    assert "own.json, image 5: there is no image" in message
+    assert "no image of TRAIN would remain" in message
 
 
 def test_lists_without_drops_remove_those_of_an_earlier_call(tmp_path):
@@ -215,6 +216,38 @@ def test_dropping_keeps_the_valid_objects_of_an_image():
     assert [kind for kind, _ in drop_invalid(splits)] == ["box without area", "box outside its image"]
     assert [part.number for part in splits["TRAIN"][0].objects] == [1]
     assert drop_invalid(splits) == []
+
+
+def test_an_image_that_is_annotated_twice_is_refused_if_the_images_are_divided(tmp_path):
+    one = make_coco(tmp_path, [GOOD])
+    other = tmp_path / "other.json"
+    other.write_text(Path(one).read_text())
+    arguments = ["--train", one, other, "--split", 0.5, "--labels", "auto", "--output-folder", tmp_path / "lists"]
+    with pytest.raises(
+        InputError, match=r"a\.png: annotated by .*own\.json, image 5 and by .*other\.json, image 5; give one"
+    ):
+        prepare(*arguments)
+    arguments[2] = one
+    assert len(prepare(*arguments)["TRAIN"]) == 1  # given twice, it counts once
+
+
+def test_an_object_of_no_image_is_reported_even_if_the_first_image_is_held_out(tmp_path):
+    stray = GOOD | {"image_id": 99}
+    train = make_coco(tmp_path, [GOOD, CROWD | {"iscrowd": 0}, stray])
+    first = tmp_path / "first.json"
+    first.write_text(json.dumps(json.loads(Path(train).read_text()) | {
+        "images": [{"id": 5, "file_name": "a.png"}], "annotations": [GOOD]
+    }))  # fmt: skip
+    Image.new("RGB", (40, 30)).save(tmp_path / "c.png")
+    test = tmp_path / "test.json"
+    test.write_text(first.read_text().replace("a.png", "c.png"))
+    with pytest.raises(InputError, match="has unknown image_id 99"):
+        prepare(*options([train], [test], tmp_path / "lists", "--validation", first))
+
+
+def test_a_folder_with_a_data_yaml_is_a_source_of_yolos(sources):
+    yaml = sources["YOLO"]["val"].rpartition(":")[0]
+    assert read_sources([os.path.dirname(yaml)], "VAL") == read_sources([yaml], "VAL")
 
 
 @pytest.mark.parametrize("kind", ["VOC", "COCO", "YOLO"])
