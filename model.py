@@ -516,44 +516,44 @@ class MultiBoxLoss(nn.Module):
         :param predicted_locs, predicted_scores: as for `parts`
         :param true_boxes, true_labels: each prior's target, as from `match`
         """
-        n_images, n_priors, n_classes = predicted_scores.shape
-        positive = true_labels > 0  # (N, P)
-        n_positives = positive.sum(dim=1)
-        n_used = (1 + self.neg_pos_ratio) * n_positives
-
-        # Rank the priors of each image: its positives first, then its negatives from the highest confidence loss down.
-        with torch.no_grad():
-            confidence = F.cross_entropy(
-                predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
-            ).reshape(n_images, n_priors)
-            hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
-            n_ranked = self.count_ranked(n_used, n_priors)
-            ranked = hardness.topk(n_ranked, dim=1).indices
-        position = torch.arange(n_ranked, device=positive.device)  # in the ranking
-        predicted_locs, predicted_scores, true_boxes = (
-            values.gather(1, ranked[..., None].expand(-1, -1, values.size(2))).float()
-            for values in (predicted_locs, predicted_scores, true_boxes)
-        )
+        priors = self.priors_cxcy
+        if not predicted_scores.is_cuda:
+            predicted_locs, predicted_scores, true_boxes, true_labels, priors = self.keep_used(
+                predicted_locs, predicted_scores, true_boxes, true_labels
+            )
+        n_classes, positive = predicted_scores.size(2), true_labels > 0  # (N, P)
 
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
-        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy[ranked])
-        localization = F.smooth_l1_loss(predicted_locs, true_locs, reduction="none").sum(dim=2)
-        localization = torch.where(position < n_positives[:, None], localization, 0).sum()
+        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), priors)
+        localization = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction="none").sum(dim=2)
+        localization = (localization * positive).sum()
 
-        # Compare the classes of the positives and the hard negatives.
+        # Compare the classes of the positives and, in each image, of the negatives with the highest loss.
         confidence = F.cross_entropy(
-            predicted_scores.reshape(-1, n_classes), true_labels.gather(1, ranked).reshape(-1), reduction="none"
-        ).reshape(n_images, n_ranked)
-        confidence = torch.where(position < n_used[:, None], confidence, 0).sum()
+            predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
+        ).reshape(positive.shape)
+        negatives = confidence.masked_fill(positive, 0).sort(dim=1, descending=True).values
+        position = torch.arange(positive.size(1), device=positive.device)
+        is_hard = position < self.neg_pos_ratio * positive.sum(dim=1, keepdim=True)
+        confidence = (confidence * positive).sum() + (negatives * is_hard).sum()
         return torch.stack([confidence, localization])
 
-    @staticmethod
-    def count_ranked(n_used, n_priors):
-        """Return how many priors of each image to rank: no fewer than the largest value in n_used (N,).
+    def keep_used(self, predicted_locs, predicted_scores, true_boxes, true_labels):
+        """Return the same for the R priors of each image that count in its loss, and these priors: each (N, R, ...).
 
-        On a CPU it is that value. Reading it from a GPU would mean waiting for the GPU, so all are ranked there.
+        This saves a CPU much of its work. A GPU would have to wait until R is known; it takes all priors instead.
         """
-        return n_priors if n_used.is_cuda else min(n_priors, max(1, math.ceil(n_used.max())))
+        positive = true_labels > 0
+        with torch.no_grad():
+            confidence = F.cross_entropy(predicted_scores.float().transpose(1, 2), true_labels, reduction="none")
+            hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
+            n_used = math.ceil((1 + self.neg_pos_ratio) * positive.sum(dim=1).max())
+            used = hardness.topk(min(n_used, positive.size(1)), dim=1).indices  # (N, R)
+        locs, scores, boxes = (
+            values.gather(1, used[..., None].expand(-1, -1, values.size(2)))
+            for values in (predicted_locs, predicted_scores, true_boxes)
+        )
+        return locs, scores, boxes, true_labels.gather(1, used), self.priors_cxcy[used]
 
     @torch.no_grad()
     def match(self, boxes, labels):
