@@ -62,7 +62,7 @@ from support.files import (
 )
 from support.results import coco_scores, image_names, image_sizes, import_pycocotools
 from support.runlog import RunLog, Stopwatch, describe_run, read_log
-from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
+from utils import IMAGE_SIZE
 
 # Training from scratch; it takes some minutes on a large GPU. A training that is killed repeats at most 200 iterations.
 RECIPE = (
@@ -75,7 +75,7 @@ SYSTEMS = {  # on a CPU, tf32 becomes fp32
     "ours-fp32": "--precision fp32 --no-compile --no-pretrained",
     "ours-tf32": "--precision tf32 --no-compile --no-pretrained",
     "ours-coco-priors": "--precision tf32 --no-compile --no-pretrained --priors coco",
-    # From torchvision's initial weights, with its priors: differs from torchvision's only in matching, loss and code.
+    # Starts as the same network as torchvision's; the difference is in matching, loss and post-processing.
     "ours-from-torchvision": "--precision tf32 --no-compile --init-from torchvision-{seed}.pth",
     "torchvision": "--precision tf32 --no-pretrained",  # PyTorch's default on a GPU
     "torchvision-bf16": "--precision bf16 --no-pretrained",
@@ -94,7 +94,6 @@ PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum",
 OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile", "no_pretrained", "init_from", "priors",
                 "checkpoint_every")  # fmt: skip
 INTERRUPTED = "interrupted and saved; the same command continues this training"
-TORCHVISION_MEAN, TORCHVISION_STD = (0.48235, 0.45882, 0.40784), 1 / 255  # of its input normalisation, RGB in 0-1
 
 
 def parse_arguments(arguments=None):
@@ -122,20 +121,14 @@ def parse_arguments(arguments=None):
 
 
 def make_torchvision(label_map):
-    """Return torchvision's unmodified network for these classes and for ImageNet-normalised images."""
-    mean, std, their_mean = (
-        torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD, TORCHVISION_MEAN)
-    )
-    model = ssd300_vgg16(
-        weights=None, weights_backbone=None, num_classes=len(label_map),
-        image_mean=((their_mean - mean) / std).tolist(), image_std=(TORCHVISION_STD / std).tolist(),
-    )  # fmt: skip
+    """Return torchvision's unmodified network for these classes; it takes a list of float RGB images of 0-1."""
+    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=len(label_map))
     model.label_map = label_map
     return model
 
 
 def step_torchvision(model, optimizer, batch, rate, settings):
-    """Update torchvision's network once, with its own loss; return the loss."""
+    """Update torchvision's network once, with its own loss; return the loss. The images are bytes."""
     images, boxes, labels, _ = batch
     targets = [
         {"boxes": (IMAGE_SIZE * image_boxes).to(images.device), "labels": image_labels.to(images.device)}
@@ -144,7 +137,7 @@ def step_torchvision(model, optimizer, batch, rate, settings):
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
     with mixed_precision(settings.precision, images.device):
-        loss = sum(model(list(images), targets).values())
+        loss = sum(model(list(images / 255), targets).values())
     optimizer.zero_grad()
     loss.backward()
     if settings.grad_clip:
@@ -258,7 +251,7 @@ def detect_by_torchvision(loader, model):
     model.eval()
     detections, ground_truth = ([[], [], []] for _ in range(2))
     for images, *objects in batches_on(find_device(), tqdm(loader, "evaluating", unit="batch", disable=None)):
-        results = model(list(images))
+        results = model(list(images / 255))
         boxes, labels, scores = ([result[key] for result in results] for key in ("boxes", "labels", "scores"))
         boxes = [image_boxes / IMAGE_SIZE for image_boxes in boxes]
         for collected, parts in zip([*detections, *ground_truth], [boxes, labels, scores, *objects], strict=True):
