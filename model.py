@@ -1,7 +1,7 @@
 """SSD300 and SSD512 (Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016): network, priors, loss.
 
 model = SSD300(n_classes=21)  # or load_model("runs/voc/checkpoint.pth")
-predicted_locs, predicted_scores = model(images)  # (N, 3, 300, 300), ImageNet-normalised
+predicted_locs, predicted_scores = model(images)  # (N, 3, 300, 300), RGB bytes or ImageNet-normalised floats
 boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, *DETECTION_LIMITS)
 """
 
@@ -260,8 +260,7 @@ class SSD300(nn.Module):
     :param pretrained: start the base from ImageNet weights
     :param priors: name of a family in PRIOR_FAMILIES, or a family of one's own, Priors
     :param pixel_mean: mean (red, green, blue) that the base expects to be subtracted from RGB of 0-255, or None if it
-        takes ImageNet-normalised images. The input of the whole network is ImageNet-normalised in any case; it is
-        converted inside.
+        takes ImageNet-normalised images. The whole network takes either RGB bytes or ImageNet-normalised floats.
     :raises ValueError: if the family of priors is unknown, or does not fit the network's feature maps
     """
 
@@ -282,23 +281,25 @@ class SSD300(nn.Module):
 
     def forward(self, images):
         """Return locs (N, P, 4), gcxgcy, and scores (N, P, n_classes), given images (N, 3, size, size)."""
-        if self.pixel_mean is not None:
+        if images.dtype == torch.uint8:
+            images = (images - self.byte_mean) / self.byte_std
+        elif self.pixel_mean is not None:
             images = images * self.input_scale + self.input_shift
         conv4_3, conv7 = self.base(images)
         with torch.autocast(images.device.type, enabled=False):  # squares of features overflow half precision
             conv4_3 = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors
-        locs, scores = self.pred_convs(conv4_3, conv7, *self.aux_convs(conv7))
-        return locs, scores
+        return tuple(self.pred_convs(conv4_3, conv7, *self.aux_convs(conv7)))
 
     def set_pixel_mean(self, pixel_mean):
         """Set what the base takes: RGB of 0-255 minus this mean, or ImageNet-normalised images if it is None."""
         self.pixel_mean = pixel_mean
-        mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
-        std = torch.tensor(IMAGENET_STD)[:, None, None]
-        own_mean = torch.tensor(pixel_mean or (0, 0, 0))[:, None, None]
-        # 255 * (images * std + mean) - own_mean
-        self.register_buffer("input_scale", 255 * std, persistent=False)
-        self.register_buffer("input_shift", 255 * mean - own_mean, persistent=False)
+        mean, std = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        own_mean = mean if pixel_mean is None else torch.tensor(pixel_mean)[:, None, None]
+        own_std = std if pixel_mean is None else torch.ones(3, 1, 1)
+        # The base gets (bytes - byte_mean) / byte_std or, with a pixel_mean, floats * input_scale + input_shift.
+        buffers = {"byte_mean": own_mean, "byte_std": own_std, "input_scale": std, "input_shift": mean - own_mean}
+        for name, values in buffers.items():
+            self.register_buffer(name, values, persistent=False)
 
     def decode(self, predicted_locs):
         """Return the boxes (N, P, 4), fractional xy, of predicted offsets (N, P, 4), gcxgcy."""
@@ -518,10 +519,12 @@ class MultiBoxLoss(nn.Module):
         """
         priors = self.priors_cxcy
         if not predicted_scores.is_cuda:
-            predicted_locs, predicted_scores, true_boxes, true_labels, priors = self.keep_used(
-                predicted_locs, predicted_scores, true_boxes, true_labels
+            image, used = torch.arange(len(true_labels))[:, None], self.find_used(predicted_scores, true_labels)
+            predicted_locs, predicted_scores, true_boxes, true_labels = (
+                values[image, used] for values in (predicted_locs, predicted_scores, true_boxes, true_labels)
             )
-        n_classes, positive = predicted_scores.size(2), true_labels > 0  # (N, P)
+            priors = priors[used]
+        positive = true_labels > 0  # (N, P)
 
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), priors)
@@ -529,31 +532,25 @@ class MultiBoxLoss(nn.Module):
         localization = (localization * positive).sum()
 
         # Compare the classes of the positives and, in each image, of the negatives with the highest loss.
-        confidence = F.cross_entropy(
-            predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
-        ).reshape(positive.shape)
+        confidence = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_labels.flatten(), reduction="none")
+        confidence = confidence.view_as(positive)
         negatives = confidence.masked_fill(positive, 0).sort(dim=1, descending=True).values
         position = torch.arange(positive.size(1), device=positive.device)
         is_hard = position < self.neg_pos_ratio * positive.sum(dim=1, keepdim=True)
         confidence = (confidence * positive).sum() + (negatives * is_hard).sum()
         return torch.stack([confidence, localization])
 
-    def keep_used(self, predicted_locs, predicted_scores, true_boxes, true_labels):
-        """Return the same for the R priors of each image that count in its loss, and these priors: each (N, R, ...).
+    @torch.no_grad()
+    def find_used(self, predicted_scores, true_labels):
+        """Return the indices (N, R) of the priors of each image that count in its loss, and some more in most images.
 
-        This saves a CPU much of its work. A GPU would have to wait until R is known; it takes all priors instead.
+        A CPU is faster with these alone. A GPU, which would have to wait until R is known, takes all priors.
         """
         positive = true_labels > 0
-        with torch.no_grad():
-            confidence = F.cross_entropy(predicted_scores.float().transpose(1, 2), true_labels, reduction="none")
-            hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
-            n_used = math.ceil((1 + self.neg_pos_ratio) * positive.sum(dim=1).max())
-            used = hardness.topk(min(n_used, positive.size(1)), dim=1).indices  # (N, R)
-        locs, scores, boxes = (
-            values.gather(1, used[..., None].expand(-1, -1, values.size(2)))
-            for values in (predicted_locs, predicted_scores, true_boxes)
-        )
-        return locs, scores, boxes, true_labels.gather(1, used), self.priors_cxcy[used]
+        n_used = math.ceil((1 + self.neg_pos_ratio) * positive.sum(dim=1).max())
+        confidence = F.cross_entropy(predicted_scores.float().transpose(1, 2), true_labels, reduction="none")
+        hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
+        return hardness.topk(min(n_used, positive.size(1)), dim=1).indices
 
     @torch.no_grad()
     def match(self, boxes, labels):
