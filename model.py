@@ -287,8 +287,9 @@ class SSD300(nn.Module):
             images = images * self.input_scale + self.input_shift
         conv4_3, conv7 = self.base(images)
         with torch.autocast(images.device.type, enabled=False):  # squares of features overflow half precision
-            conv4_3 = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors
-        return tuple(self.pred_convs(conv4_3, conv7, *self.aux_convs(conv7)))
+            rescaled = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors
+        rescaled = rescaled.to(conv4_3.dtype)  # once, not for each of the two convolutions that take it
+        return tuple(self.pred_convs(rescaled, conv7, *self.aux_convs(conv7)))
 
     def set_pixel_mean(self, pixel_mean):
         """Set what the base takes: RGB of 0-255 minus this mean, or ImageNet-normalised images if it is None."""
