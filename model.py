@@ -559,23 +559,23 @@ class MultiBoxLoss(nn.Module):
 
         The boxes of background priors are meaningless. Parameters as for `parts`.
         """
-        device = self.priors_cxcy.device
-        n_images, n_priors = len(boxes), len(self.priors_cxcy)
-
-        # Pad every image to the same number of objects n; padding and boxes without area become whole-image boxes.
-        # Nothing from here on waits for a GPU.
-        counts = [len(image_boxes) for image_boxes in boxes]
-        n_objects = max(1, *counts)
+        # Pad every image to the same number of objects n. Nothing waits for a GPU, not even the copy to it.
+        device, n_objects = self.priors_cxcy.device, max(1, *map(len, boxes))
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1]
         labels = pad_sequence([*labels, labels[0].new_zeros(n_objects)], batch_first=True)[:-1]
-        is_object = torch.arange(n_objects) < torch.tensor(counts)[:, None]  # (N, n)
-        boxes, labels, is_object = (part.to(device, non_blocking=True) for part in (boxes.float(), labels, is_object))
-        is_object = is_object & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
-        whole_image = torch.arange(4, device=device) // 2  # 0, 0, 1, 1, made on the device
-        boxes = torch.where(is_object[..., None], boxes, whole_image.float())
+        objects = torch.cat([boxes.float(), labels[..., None]], dim=2)  # (N, n, 5)
+        if device.type == "cuda" and objects.is_cpu:
+            objects = objects.pin_memory()
+        boxes, labels = objects.to(device, non_blocking=True).split((4, 1), dim=2)
+        labels = labels.squeeze(2).long()
+
+        # Padding, which has label 0, and boxes without area become whole-image boxes.
+        is_object = (labels > 0) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
+        whole_image = (torch.arange(4, device=device) // 2).float()  # 0, 0, 1, 1, made on the device
+        boxes = torch.where(is_object[..., None], boxes, whole_image)
 
         # Find the object that each prior overlaps most.
-        overlap = find_jaccard_overlap(boxes.view(-1, 4), self.priors_xy).view(n_images, n_objects, n_priors)
+        overlap = find_jaccard_overlap(boxes.view(-1, 4), self.priors_xy).unflatten(0, (-1, n_objects))  # (N, n, P)
         overlap.masked_fill_(~is_object[..., None], -1)
         best_overlap, best_object = overlap.max(dim=1)  # (N, P)
 
