@@ -18,7 +18,8 @@ from torch import distributed
 
 from support.files import InputError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# tf32 is fp32 whose factors a GPU's convolutions round to 10 bits, PyTorch's own default.
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_device():
@@ -38,12 +39,12 @@ def count_cores(most=16):
 
 
 def choose_precision(name, device):
-    """Return the key of PRECISIONS to compute with, and turn TF32 off for convolutions in fp32.
+    """Return the key of PRECISIONS to compute with, and turn TF32 on or off.
 
     :param name: a key of PRECISIONS, or "auto": bf16 if the device is a GPU with native support for it, else fp32
-    :raises InputError: for bf16 or fp16 on a CPU: most CPUs emulate them, a hundred times slower
+    :raises InputError: for the others on a CPU: most CPUs emulate bf16 and fp16, a hundred times slower
     """
-    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds to the 10 bits of TF32
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
@@ -75,7 +76,7 @@ def make_deterministic():
 
 def mixed_precision(precision, device):
     """Return the autocast context of a precision; the weights stay in fp32."""
-    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=PRECISIONS[precision] != torch.float32)
 
 
 def batches_on(device, loader):

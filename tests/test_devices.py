@@ -32,7 +32,7 @@ def test_a_cpu_computes_in_fp32_and_rejects_precisions_it_would_emulate():
     assert choose_precision("auto", CPU) == choose_precision("fp32", CPU) == "fp32"
     assert torch.backends.cudnn.allow_tf32 is False
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
-    for name in ("bf16", "fp16"):
+    for name in ("tf32", "bf16", "fp16"):
         with pytest.raises(InputError, match=f"--precision {name}: needs a GPU"):
             choose_precision(name, CPU)
 
@@ -42,6 +42,17 @@ def test_auto_is_bf16_on_gpus_with_native_support_and_fp32_on_others(monkeypatch
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert choose_precision("auto", CUDA) == ("bf16" if native else "fp32")
     assert choose_precision("fp16", CUDA) == "fp16"
+
+
+def test_tf32_is_fp32_with_other_convolutions_on_a_gpu():
+    try:
+        assert choose_precision("tf32", CUDA) == "tf32"
+        assert torch.backends.cudnn.allow_tf32 is True
+        with mixed_precision("tf32", CPU):
+            assert not torch.is_autocast_enabled("cpu")
+    finally:
+        choose_precision("fp32", CUDA)
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 def test_the_core_count_stays_within_its_bounds():

@@ -17,6 +17,7 @@ from model import DETECTION_LIMITS, MultiBoxLoss
 
 TRAINING = {
     "fp32": ["--precision", "fp32"],
+    "tf32": ["--precision", "tf32"],
     "bf16": [],
     "fp16": ["--precision", "fp16"],
     "deterministic": ["--deterministic"],
