@@ -337,6 +337,7 @@ def train(settings):
     # Prepare the device, the data and the network.
     if settings.deterministic:
         make_deterministic()
+    torch.backends.cudnn.benchmark = not settings.deterministic  # cuDNN tries its algorithms, and takes the fastest
     device = join_processes()
     precision = choose_precision(settings.precision, device)
     runs.check_overwriting(settings)

@@ -69,7 +69,7 @@ def test_images_and_objects_are_copied_from_pinned_memory(name, observed):
 @pytest.mark.parametrize("name", [*TRAINING, "validation"])
 def test_convolutions_get_their_input_in_cudnns_layout_and_choose_algorithms_as_intended(name, observed):
     dtype = {"fp32": "float32", "tf32": "float32", "fp16": "float16"}.get(name, "bfloat16")
-    flags = [False, name == "deterministic", name == "tf32", f"torch.{dtype}", "torch.channels_last"]
+    flags = [name != "deterministic", name == "deterministic", name == "tf32", f"torch.{dtype}", "torch.channels_last"]
     assert observed[name]["convolutions"] == [flags]
     assert observed[name]["layout_copies"] == ([] if name == "validation" else sorted(HEADS))
 

@@ -16,11 +16,11 @@ from eval import evaluation_loader
 from model import DETECTION_LIMITS, MultiBoxLoss
 
 TRAINING = {
+    "deterministic": ["--deterministic"],
     "fp32": ["--precision", "fp32"],
     "tf32": ["--precision", "tf32"],
     "bf16": [],
     "fp16": ["--precision", "fp16"],
-    "deterministic": ["--deterministic"],
 }
 N_CANDIDATES = 1000
 
