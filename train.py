@@ -54,14 +54,7 @@ from support.devices import (
     rank,
     sum_over_processes,
 )
-from support.files import (
-    CommandParser,
-    DivergenceError,
-    InputError,
-    check_outputs,
-    make_folder,
-    run_command,
-)
+from support.files import CommandParser, DivergenceError, InputError, check_outputs, make_folder, run_command
 from support.images import tile, write_image
 from support.lists import has_split
 from support.priors import default_family, find_priors
@@ -306,7 +299,8 @@ def start_or_resume(settings, dataset, held_out, device, precision):
         model = start_model(settings, dataset.label_map)
     model.to(device).train()
     if device.type == "cuda":  # on a CPU it slows the backward pass down
-        model.to(memory_format=torch.channels_last)
+        for part in model.children():  # not rescale_factors, of whose gradient DistributedDataParallel would complain
+            part.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if settings.resume:
@@ -350,6 +344,7 @@ def train(settings):
     network = compile_network(model, shape, precision) if settings.compile else model
     if n_processes() > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False  # they never change
     train_loader = training_loader(settings, dataset, progress["iteration"], device)
     held_out_loader = held_out and evaluation_loader(held_out, images_at_once(settings), settings.workers, device)
     step = partial(train_step, network, criterion, optimizer, scaler)

@@ -48,6 +48,7 @@ def train_and_observe(data_folder, output_folder, options):
     model, complete = train.train(train.parse_settings([*arguments, *options]))
     train.train_step = train_step
     assert complete
+    assert model.rescale_factors.stride() == (512, 1, 1, 1)  # DistributedDataParallel warns about channels last
     return model, observations[3]  # from the beginning of the third step to that of the fourth
 
 
