@@ -11,7 +11,7 @@ import datetime
 import itertools
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed
@@ -96,25 +96,29 @@ def batches_on(device, loader):
         yield images, *objects
 
 
-def compile_network(model, image_shape, precision):
-    """Return the model compiled for batches of this shape, sharing its weights.
+def compile_network(network, shapes, precision):
+    """Return the network compiled for batches of these shapes, sharing its weights.
 
-    :param image_shape: of its input, (N, 3, height, width)
+    DistributedDataParallel comes first: the compiler then divides the backward pass where gradients can be sent.
+
+    :param network: the model, or DistributedDataParallel of it if there are several processes
+    :param shapes: of all batches of images, as bytes, that will come; each is compiled by itself
     :raises InputError: if PyTorch cannot compile it
     """
-    network = torch.compile(model)
-    device = next(model.parameters()).device
+    device = next(network.parameters()).device
     try:
-        with mixed_precision(precision, device):
-            ((images,),) = batches_on(device, [(torch.zeros(image_shape),)])
-            sum(part.sum() for part in network(images)).backward()
+        compiled = torch.compile(network, dynamic=False)
+        for (images,) in batches_on(device, [(torch.zeros(shape, dtype=torch.uint8),) for shape in shapes]):
+            alone = network.no_sync() if n_processes() > 1 else nullcontext()  # another process may have other sizes
+            with alone, mixed_precision(precision, device):
+                sum(part.sum() for part in compiled(images)).backward()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # most often there is no compiler
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); use --no-compile") from error
-    model.zero_grad()
-    return network
+    network.zero_grad()
+    return compiled
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -218,6 +218,14 @@ def test_a_resumed_run_keeps_its_own_priors_without_their_file_but_not_with_a_ch
     assert torch.equal(resume(tmp_path).model.priors_cxcy, started.model.priors_cxcy)
 
 
+def test_a_resumed_run_is_compiled_as_it_was_unless_told_otherwise(run, tmp_path):
+    for is_compiled in (True, False):
+        run.settings.compile = is_compiled
+        run.save()
+        assert resume(tmp_path).settings.compile is is_compiled
+    assert resume(tmp_path, "--compile").settings.compile is True
+
+
 def test_an_update_that_fp16_skips_leaves_the_weights_unchanged(run):
     run.settings.precision = "fp16"
     optimizer, scaler = train.make_optimizer(run.model, run.settings), torch.amp.GradScaler("cpu")
@@ -241,9 +249,9 @@ from support.files import run_command
 
 detect_all = train.detect_all
 
-def interrupt(*arguments):
+def interrupt(*arguments, **options):
     os.kill(os.getpid(), signal.SIGTERM)
-    return detect_all(*arguments)
+    return detect_all(*arguments, **options)
 
 train.detect_all = interrupt
 sys.argv = sys.argv[1:]
