@@ -68,7 +68,7 @@ def make_parser():
     add("--no-augmentation", action="store_true", help="do not augment, for instance to overfit a few images")
     add("--no-difficult", action="store_true", help="do not train on objects that are marked as difficult")
     add("--workers", type=int, default=devices.count_cores(),
-        help="processes that load images, 0 for none [number of cores, at most 16]")  # fmt: skip
+        help="processes per machine that load images, 0 for none [number of cores, at most 16 per GPU]")  # fmt: skip
 
     # ssd_pascal.py: solver_param and batch_size; paper §3 and §3.1.
     recipe = parser.add_argument_group("recipe (defaults: Caffe's)")
@@ -302,10 +302,10 @@ def training_loader(settings, dataset, iteration, device):
         iteration,
         (devices.rank(), devices.n_processes()),
     )
+    workers = devices.share_workers(settings.workers)
     return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=device.type == "cuda",
-        num_workers=settings.workers, prefetch_factor=4 if settings.workers else None,
-        worker_init_fn=devices.ignore_signals,
+        dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=device.type == "cuda", num_workers=workers,
+        prefetch_factor=4 if workers else None, worker_init_fn=devices.ignore_signals,
     )  # fmt: skip
 
 

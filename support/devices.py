@@ -9,6 +9,7 @@ for images, boxes, labels, difficulties in batches_on(device, loader):
 
 import datetime
 import itertools
+import math
 import os
 import signal
 from contextlib import contextmanager, nullcontext
@@ -33,9 +34,19 @@ def name_hardware():
 
 
 def count_cores(most=16):
-    """Return the number of processor cores that this process may use, but no more than `most`."""
+    """Return the number of cores that the processes on this machine may use, but no more than `most` for each."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, most)
+    return min(available, most * _n_processes_here())
+
+
+def share_workers(n):
+    """Return how many of the n loading processes of this machine belong to this process, at least one if n > 0."""
+    return math.ceil(n / _n_processes_here())
+
+
+def _n_processes_here():
+    """Return the number of processes that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_precision(name, device):

@@ -23,6 +23,7 @@ from support.devices import (
     gather_over_processes,
     make_deterministic,
     mixed_precision,
+    share_workers,
     sum_over_processes,
 )
 from support.files import InputError
@@ -60,6 +61,15 @@ def test_tf32_is_fp32_with_other_convolutions_on_a_gpu():
 
 def test_the_core_count_stays_within_its_bounds():
     assert 1 <= count_cores(most=3) <= 3
+
+
+def test_loading_processes_are_counted_per_machine_and_shared_by_its_processes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert (count_cores(), share_workers(5), share_workers(0)) == (16, 5, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun sets it
+    assert (count_cores(), share_workers(5), share_workers(1), share_workers(0)) == (32, 3, 1, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (count_cores(), share_workers(count_cores())) == (64, 8)
 
 
 def test_the_l2_norm_and_the_loss_stay_in_fp32_under_mixed_precision(random_objects):
