@@ -382,7 +382,7 @@ def train(settings):
             save_now = runs.is_due(progress["iteration"], settings.checkpoint_every, settings.iterations)
             validate_now = runs.is_due(progress["iteration"], settings.validate_every, settings.iterations)
             keep_now = settings.keep_every and progress["iteration"] % settings.keep_every == 0
-            stop = interruption.agreed()
+            stop = interruption.agreed(progress["iteration"])
             if log_now or save_now or keep_now or validate_now or stop:
                 progress["pending"] += stop_if_not_finite(losses, model, scaler, progress["iteration"], train_loader)
                 losses = []

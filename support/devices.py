@@ -21,6 +21,7 @@ from support.files import InputError
 
 # tf32 is fp32 whose factors a GPU's convolutions round to 10 bits, PyTorch's own default.
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AGREE_EVERY = 10  # iterations after which processes on several GPUs agree whether to stop
 
 
 def find_device():
@@ -223,9 +224,13 @@ class Interruption:
             raise KeyboardInterrupt
         self.requested = True
 
-    def agreed(self):
-        """Return whether any process was interrupted. All processes must call this together."""
-        return any_process(self.requested)
+    def agreed(self, iteration=0):
+        """Return whether any process was interrupted. All processes must call this together.
+
+        With several GPUs the answer is False for most iterations: to agree, the processes wait for each other.
+        """
+        is_costly = n_processes() > 1 and find_device().type == "cuda"
+        return False if is_costly and iteration % AGREE_EVERY else any_process(self.requested)
 
 
 def ignore_signals(_worker=None):

@@ -149,6 +149,25 @@ def test_a_second_interrupt_raises_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_processes_on_gpus_agree_on_an_interruption_at_every_tenth_iteration(monkeypatch):
+    """A single process, and processes on a CPU, look at every iteration."""
+    agreements = []
+    monkeypatch.setattr("support.devices.any_process", lambda flag: agreements.append(flag) or flag)
+    with Interruption() as interruption:
+        interruption.requested = True
+        for n_processes, device, expected in (
+            (2, "cuda", [10, 20]),
+            (1, "cuda", range(1, 21)),
+            (2, "cpu", range(1, 21)),
+        ):
+            monkeypatch.setattr("support.devices.n_processes", lambda n=n_processes: n)
+            monkeypatch.setattr("support.devices.find_device", lambda name=device: torch.device(name))
+            agreements.clear()
+            assert [i for i in range(1, 21) if interruption.agreed(i)] == list(expected)
+            assert len(agreements) == len(expected)
+            assert interruption.agreed()  # during a validation
+
+
 CPU = torch.device("cpu")
 
 
