@@ -56,9 +56,9 @@ class PascalVOCDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (None, key)
         rng = None if epoch is None or self.mode == "TEST" else np.random.default_rng((self.seed, epoch, index))
         objects = self.objects[index]
-        boxes = torch.tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor(objects["labels"], dtype=torch.long)
-        difficulties = torch.tensor(objects["difficulties"], dtype=torch.uint8)
+        boxes = torch.from_numpy(np.array(objects["boxes"], np.float32).reshape(-1, 4))
+        labels = torch.from_numpy(np.array(objects["labels"], np.int64))
+        difficulties = torch.from_numpy(np.array(objects["difficulties"], np.uint8))
         if not self.keep_difficult:
             kept = difficulties == 0
             boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]

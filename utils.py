@@ -131,7 +131,7 @@ def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SI
     image = upright_rgb(image)
     width, height = image.size
     window = np.array([0, 0, width, height])
-    boxes = _clip(boxes.double().numpy(), window)
+    boxes = _clip(boxes.numpy().astype(np.float64), window)
     without_area = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
     if without_area.any():
         number = without_area.argmax() + 1
@@ -145,10 +145,10 @@ def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SI
         window, kept = crop_around_objects(window, boxes, rng)
         flip = rng.random() < FLIP_PROBABILITY
         pixels, boxes = _sample_window(image, window, _clip(boxes[kept], window), size, flip, rng)
-        kept = torch.from_numpy(kept)
-        labels, difficulties = labels[kept], difficulties[kept]
+        labels, difficulties = (values[torch.from_numpy(kept)] for values in (labels, difficulties))
     pixels = pixels if as_bytes else (pixels - _PIXEL_MEAN) / _PIXEL_STD
-    return pixels, torch.from_numpy(boxes).float().clamp_(0, 1), labels.clone(), difficulties.clone()
+    boxes = torch.from_numpy(boxes.astype(np.float32).clip(0, 1))
+    return pixels, boxes, labels.clone(), difficulties.clone()
 
 
 def _clip(boxes, window):
@@ -280,7 +280,7 @@ def photometric_distort(pixels, rng, out):
     order = [DISTORTIONS[number] for number in rng.permutation(len(DISTORTIONS))]
     changes = [(change, rng.uniform(*limits)) for change, limits in order if rng.random() >= 1 - DISTORTION_PROBABILITY]
     # A part of the rows at a time stays in the processor's cache for all changes.
-    for rows, out_rows in zip(pixels.split(50, dim=1), out.split(50, dim=1), strict=True):
+    for rows, out_rows in zip(pixels.split(100, dim=1), out.split(100, dim=1), strict=True):
         rows = rows.to(torch.float32, memory_format=torch.contiguous_format)
         for change, value in changes:
             change(rows, value)

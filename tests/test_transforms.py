@@ -241,7 +241,7 @@ def test_colours_are_distorted_as_the_step_by_step_formulas_say():
 
 def test_drawn_changes_of_colours_follow_each_other_and_are_rounded_once():
     limits = (-32, 32), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1)
-    pixels = np.random.default_rng(0).integers(0, 256, (120, 5, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (220, 5, 3), dtype=np.uint8)
     for seed in range(40):
         rng, expected = np.random.default_rng(seed), pixels.astype(float)
         for number in rng.permutation(4):
@@ -252,7 +252,7 @@ def test_drawn_changes_of_colours_follow_each_other_and_are_rounded_once():
                 (expected + value).clip(0, 255), (expected * value).clip(0, 255),
                 reference.distort_hsv(expected, value, 0), reference.distort_hsv(expected, 1, value),
             ][number]  # fmt: skip
-        result = torch.zeros(3, 120, 5, dtype=torch.uint8)
+        result = torch.zeros(3, 220, 5, dtype=torch.uint8)
         utils.photometric_distort(torch.from_numpy(pixels).permute(2, 0, 1), np.random.default_rng(seed), out=result)
         assert np.abs(result.permute(1, 2, 0).numpy() - expected).max() < 0.5 + 1e-3, seed
 
