@@ -28,7 +28,7 @@ from support.lists import write_data_lists
 from support.priors import default_family, find_priors, print_advice
 from support.sample import SAMPLE_LABELS, make_sample
 from support.sources import coco_ids, leave_out_crowds, leave_out_objects, read_sources
-from utils import IMAGENET_MEAN, IMAGENET_STD, jaccard_overlap
+from utils import jaccard_overlap
 
 N_NEAR_COPIES = 12  # pairs in leaks.jpg
 MANY_WITHOUT_PRIOR = 0.2  # advice is given if a larger share of training objects overlaps no prior by the threshold
@@ -254,7 +254,7 @@ def write_preview(settings):
     """Draw training samples of the lists in the output folder into preview.jpg, in the same folder; return its path."""
     dataset = PascalVOCDataset(settings.output_folder, "TRAIN", keep_difficult=True, size=settings.size)
     criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
-    picture = preview(dataset, settings.preview, criterion, IMAGENET_MEAN, IMAGENET_STD, settings.seed)
+    picture = preview(dataset, settings.preview, criterion, settings.seed)
     path = os.path.join(settings.output_folder, "preview.jpg")
     write_image(picture, path, quality=90)
     return path

@@ -52,7 +52,7 @@ class PascalVOCDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        """Return image (3, S, S), boxes (n, 4), fractional xy, labels (n,), difficulties (n,); n may be 0."""
+        """Return image (3, S, S), uint8; boxes (n, 4), fractional xy; labels (n,); difficulties (n,); n may be 0."""
         epoch, index = key if isinstance(key, tuple) else (None, key)
         rng = None if epoch is None or self.mode == "TEST" else np.random.default_rng((self.seed, epoch, index))
         span = self.objects.span(index)
@@ -62,7 +62,8 @@ class PascalVOCDataset(Dataset):
             kept = difficulties == 0
             boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
         with open_image(self.images[index]) as image:
-            return transform(image, boxes, labels, difficulties, self.mode, rng, self.size, self.antialias)
+            targets = boxes, labels, difficulties
+            return transform(image, *targets, self.mode, rng, self.size, self.antialias, as_bytes=True)
 
     @functools.cached_property
     def fingerprint(self):
@@ -77,7 +78,7 @@ class PascalVOCDataset(Dataset):
 
 
 def collate_fn(batch):
-    """Join samples: images (N, 3, S, S), and three lists of N tensors, since images differ in objects."""
+    """Join samples: images (N, 3, S, S), uint8, and three lists of N tensors, since images differ in objects."""
     images, *objects = zip(*batch, strict=True)
     counts = [len(boxes) for boxes in objects[0]]
     # The tensors of a list are views of one tensor: a worker pays for each tensor that it hands over.

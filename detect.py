@@ -115,10 +115,10 @@ def _detect_batch(images, sizes, model, limits, suppress):
 
 
 def _prepare(original_image, side):
-    """Return an image as the network takes it (3, side, side), and its upright size (width, height)."""
+    """Return an image as the network takes it (3, side, side), uint8, and its upright size (width, height)."""
     upright = upright_rgb(original_image)
     no_objects = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
-    return transform(upright, *no_objects, split="TEST", size=side)[0], upright.size
+    return transform(upright, *no_objects, split="TEST", size=side, as_bytes=True)[0], upright.size
 
 
 def _predict(images, model, suppress):

@@ -1,7 +1,7 @@
 """SSD300 and SSD512 (Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016): network, priors, loss.
 
 model = SSD300(n_classes=21)  # or load_model("runs/voc/checkpoint.pth")
-predicted_locs, predicted_scores = model(images)  # (N, 3, 300, 300), ImageNet-normalised
+predicted_locs, predicted_scores = model(images)  # (N, 3, 300, 300), RGB bytes or ImageNet-normalised floats
 boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, *DETECTION_LIMITS)
 """
 
@@ -260,8 +260,7 @@ class SSD300(nn.Module):
     :param pretrained: start the base from ImageNet weights
     :param priors: name of a family in PRIOR_FAMILIES, or a family of one's own, Priors
     :param pixel_mean: mean (red, green, blue) that the base expects to be subtracted from RGB of 0-255, or None if it
-        takes ImageNet-normalised images. The input of the whole network is ImageNet-normalised in any case; it is
-        converted inside.
+        takes ImageNet-normalised images. The whole network takes either RGB bytes or ImageNet-normalised floats.
     :raises ValueError: if the family of priors is unknown, or does not fit the network's feature maps
     """
 
@@ -282,23 +281,26 @@ class SSD300(nn.Module):
 
     def forward(self, images):
         """Return locs (N, P, 4), gcxgcy, and scores (N, P, n_classes), given images (N, 3, size, size)."""
-        if self.pixel_mean is not None:
+        if images.dtype == torch.uint8:
+            images = (images - self.byte_mean) / self.byte_std
+        elif self.pixel_mean is not None:
             images = images * self.input_scale + self.input_shift
         conv4_3, conv7 = self.base(images)
         with torch.autocast(images.device.type, enabled=False):  # squares of features overflow half precision
-            conv4_3 = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors
-        locs, scores = self.pred_convs(conv4_3, conv7, *self.aux_convs(conv7))
-        return locs, scores
+            rescaled = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors
+        rescaled = rescaled.to(conv4_3.dtype)  # once, not for each of the two convolutions that take it
+        return tuple(self.pred_convs(rescaled, conv7, *self.aux_convs(conv7)))
 
     def set_pixel_mean(self, pixel_mean):
         """Set what the base takes: RGB of 0-255 minus this mean, or ImageNet-normalised images if it is None."""
         self.pixel_mean = pixel_mean
-        mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
-        std = torch.tensor(IMAGENET_STD)[:, None, None]
-        own_mean = torch.tensor(pixel_mean or (0, 0, 0))[:, None, None]
-        # 255 * (images * std + mean) - own_mean
-        self.register_buffer("input_scale", 255 * std, persistent=False)
-        self.register_buffer("input_shift", 255 * mean - own_mean, persistent=False)
+        mean, std = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        own_mean = mean if pixel_mean is None else torch.tensor(pixel_mean)[:, None, None]
+        own_std = std if pixel_mean is None else torch.ones(3, 1, 1)
+        # The base gets (bytes - byte_mean) / byte_std or, with a pixel_mean, floats * input_scale + input_shift.
+        buffers = {"byte_mean": own_mean, "byte_std": own_std, "input_scale": std, "input_shift": mean - own_mean}
+        for name, values in buffers.items():
+            self.register_buffer(name, values, persistent=False)
 
     def decode(self, predicted_locs):
         """Return the boxes (N, P, 4), fractional xy, of predicted offsets (N, P, 4), gcxgcy."""
@@ -516,44 +518,40 @@ class MultiBoxLoss(nn.Module):
         :param predicted_locs, predicted_scores: as for `parts`
         :param true_boxes, true_labels: each prior's target, as from `match`
         """
-        n_images, n_priors, n_classes = predicted_scores.shape
+        priors = self.priors_cxcy
+        if not predicted_scores.is_cuda:
+            image, used = torch.arange(len(true_labels))[:, None], self.find_used(predicted_scores, true_labels)
+            predicted_locs, predicted_scores, true_boxes, true_labels = (
+                values[image, used] for values in (predicted_locs, predicted_scores, true_boxes, true_labels)
+            )
+            priors = priors[used]
         positive = true_labels > 0  # (N, P)
-        n_positives = positive.sum(dim=1)
-        n_used = (1 + self.neg_pos_ratio) * n_positives
-
-        # Rank the priors of each image: its positives first, then its negatives from the highest confidence loss down.
-        with torch.no_grad():
-            confidence = F.cross_entropy(
-                predicted_scores.float().reshape(-1, n_classes), true_labels.reshape(-1), reduction="none"
-            ).reshape(n_images, n_priors)
-            hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
-            n_ranked = self.count_ranked(n_used, n_priors)
-            ranked = hardness.topk(n_ranked, dim=1).indices
-        position = torch.arange(n_ranked, device=positive.device)  # in the ranking
-        predicted_locs, predicted_scores, true_boxes = (
-            values.gather(1, ranked[..., None].expand(-1, -1, values.size(2))).float()
-            for values in (predicted_locs, predicted_scores, true_boxes)
-        )
 
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
-        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy[ranked])
-        localization = F.smooth_l1_loss(predicted_locs, true_locs, reduction="none").sum(dim=2)
-        localization = torch.where(position < n_positives[:, None], localization, 0).sum()
+        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), priors)
+        localization = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction="none").sum(dim=2)
+        localization = (localization * positive).sum()
 
-        # Compare the classes of the positives and the hard negatives.
-        confidence = F.cross_entropy(
-            predicted_scores.reshape(-1, n_classes), true_labels.gather(1, ranked).reshape(-1), reduction="none"
-        ).reshape(n_images, n_ranked)
-        confidence = torch.where(position < n_used[:, None], confidence, 0).sum()
+        # Compare the classes of the positives and, in each image, of the negatives with the highest loss.
+        confidence = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_labels.flatten(), reduction="none")
+        confidence = confidence.view_as(positive)
+        negatives = confidence.masked_fill(positive, 0).sort(dim=1, descending=True).values
+        position = torch.arange(positive.size(1), device=positive.device)
+        is_hard = position < self.neg_pos_ratio * positive.sum(dim=1, keepdim=True)
+        confidence = (confidence * positive).sum() + (negatives * is_hard).sum()
         return torch.stack([confidence, localization])
 
-    @staticmethod
-    def count_ranked(n_used, n_priors):
-        """Return how many priors of each image to rank: no fewer than the largest value in n_used (N,).
+    @torch.no_grad()
+    def find_used(self, predicted_scores, true_labels):
+        """Return the indices (N, R) of the priors of each image that count in its loss, and some more in most images.
 
-        On a CPU it is that value. Reading it from a GPU would mean waiting for the GPU, so all are ranked there.
+        A CPU is faster with these alone. A GPU, which would have to wait until R is known, takes all priors.
         """
-        return n_priors if n_used.is_cuda else min(n_priors, max(1, math.ceil(n_used.max())))
+        positive = true_labels > 0
+        n_used = math.ceil((1 + self.neg_pos_ratio) * positive.sum(dim=1).max())
+        confidence = F.cross_entropy(predicted_scores.float().transpose(1, 2), true_labels, reduction="none")
+        hardness = torch.where(positive, torch.inf, confidence.nan_to_num(nan=torch.finfo(torch.float32).max))
+        return hardness.topk(min(n_used, positive.size(1)), dim=1).indices
 
     @torch.no_grad()
     def match(self, boxes, labels):
@@ -561,23 +559,23 @@ class MultiBoxLoss(nn.Module):
 
         The boxes of background priors are meaningless. Parameters as for `parts`.
         """
-        device = self.priors_cxcy.device
-        n_images, n_priors = len(boxes), len(self.priors_cxcy)
-
-        # Pad every image to the same number of objects n; padding and boxes without area become whole-image boxes.
-        # Nothing from here on waits for a GPU.
-        counts = [len(image_boxes) for image_boxes in boxes]
-        n_objects = max(1, *counts)
+        # Pad every image to the same number of objects n. Nothing waits for a GPU, not even the copy to it.
+        device, n_objects = self.priors_cxcy.device, max(1, *map(len, boxes))
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1]
         labels = pad_sequence([*labels, labels[0].new_zeros(n_objects)], batch_first=True)[:-1]
-        is_object = torch.arange(n_objects) < torch.tensor(counts)[:, None]  # (N, n)
-        boxes, labels, is_object = (part.to(device, non_blocking=True) for part in (boxes.float(), labels, is_object))
-        is_object = is_object & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
-        whole_image = torch.arange(4, device=device) // 2  # 0, 0, 1, 1, made on the device
-        boxes = torch.where(is_object[..., None], boxes, whole_image.float())
+        objects = torch.cat([boxes.float(), labels[..., None]], dim=2)  # (N, n, 5)
+        if device.type == "cuda" and objects.is_cpu:
+            objects = objects.pin_memory()
+        boxes, labels = objects.to(device, non_blocking=True).split((4, 1), dim=2)
+        labels = labels.squeeze(2).long()
+
+        # Padding, which has label 0, and boxes without area become whole-image boxes.
+        is_object = (labels > 0) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
+        whole_image = (torch.arange(4, device=device) // 2).float()  # 0, 0, 1, 1, made on the device
+        boxes = torch.where(is_object[..., None], boxes, whole_image)
 
         # Find the object that each prior overlaps most.
-        overlap = find_jaccard_overlap(boxes.view(-1, 4), self.priors_xy).view(n_images, n_objects, n_priors)
+        overlap = find_jaccard_overlap(boxes.view(-1, 4), self.priors_xy).unflatten(0, (-1, n_objects))  # (N, n, P)
         overlap.masked_fill_(~is_object[..., None], -1)
         best_overlap, best_object = overlap.max(dim=1)  # (N, P)
 

@@ -26,7 +26,6 @@ from detect import example_pictures
 from eval import detect_all, evaluate, evaluation_loader
 from model import (
     DETECTION_LIMITS,
-    EVALUATION_LIMITS,
     NETWORKS,
     PRIOR_FAMILIES,
     MultiBoxLoss,
@@ -35,33 +34,9 @@ from model import (
     load_model,
     transfer,
 )
-from support import runlog, runs
+from support import devices, runlog, runs
 from support.checkpoints import CAFFE_MEAN, load_optimizer, read_base, read_checkpoint, save_checkpoint, save_weights
-from support.devices import (
-    PRECISIONS,
-    Interruption,
-    batches_on,
-    choose_precision,
-    compile_network,
-    count_cores,
-    explain_memory,
-    ignore_signals,
-    join_processes,
-    leave_processes,
-    make_deterministic,
-    mixed_precision,
-    n_processes,
-    rank,
-    sum_over_processes,
-)
-from support.files import (
-    CommandParser,
-    DivergenceError,
-    InputError,
-    check_outputs,
-    make_folder,
-    run_command,
-)
+from support.files import CommandParser, DivergenceError, InputError, check_outputs, make_folder, run_command
 from support.images import tile, write_image
 from support.lists import has_split
 from support.priors import default_family, find_priors
@@ -77,6 +52,7 @@ SAMPLE_ON_GPU = {
     "data_folder": "data/sample", "no_pretrained": True, "iterations": 4000, "grad_clip": 5.0, "workers": 8,
 }  # fmt: skip
 LEARNING_RATE = 1e-3  # for batches of 32
+COMPILE_ABOVE = 1000  # iterations; a shorter run does not win back the time that compiling takes
 SMALL_BATCH = 12  # images; a run with this learning rate gets a warning if its batches are not larger
 PICTURE_LIMITS = DETECTION_LIMITS._replace(min_score=0.5)  # without a clutter of weak boxes
 
@@ -88,12 +64,11 @@ def make_parser():
     add("--data-folder", default=runs.DATA_FOLDER, help="folder with the lists of create_data_lists.py [%(default)s]")
     add("--output-folder", help="folder for checkpoints, log and curves [runs/NAME for a data folder NAME]")
     add("--overwrite", action="store_true", help="replace the run in the output folder; numbered checkpoints stay")
-    add("--sample", action="store_true",
-        help="train on synthetic images, made if they do not exist: a few by heart on a CPU, 240 on a GPU")  # fmt: skip
+    add("--sample", action="store_true", help="train on synthetic images: a few by heart on a CPU, 240 on a GPU")
     add("--no-augmentation", action="store_true", help="do not augment, for instance to overfit a few images")
     add("--no-difficult", action="store_true", help="do not train on objects that are marked as difficult")
-    add("--workers", type=int, default=count_cores(),
-        help="processes that load images, 0 for none [number of cores, at most 16]")  # fmt: skip
+    add("--workers", type=int, default=devices.count_cores(),
+        help="processes per machine that load images, 0 for none [number of cores, at most 16 per GPU]")  # fmt: skip
 
     # ssd_pascal.py: solver_param and batch_size; paper §3 and §3.1.
     recipe = parser.add_argument_group("recipe (defaults: Caffe's)")
@@ -117,10 +92,11 @@ def make_parser():
     add("--seed", type=int, default=0, help="of weights, order and augmentation [%(default)s]")
 
     add = parser.add_argument_group("speed").add_argument
-    add("--precision", choices=["auto", *PRECISIONS], default="auto",
+    add("--precision", choices=["auto", *devices.PRECISIONS], default="auto",
         help="of the network's arithmetic; auto: bf16 on a GPU with native support, else fp32")  # fmt: skip
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="compile the network first; takes a minute and a C++ compiler")  # fmt: skip
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile the network first, which takes a minute and a C++ compiler "
+             f"[on a GPU, if the run has more than {COMPILE_ABOVE} iterations and is not --deterministic]")  # fmt: skip
     add("--accumulate", type=int, default=1, metavar="N",
         help="take the batch through the network in N parts: less memory, same gradient [%(default)s]")  # fmt: skip
 
@@ -137,12 +113,9 @@ def make_parser():
         help="iterations between validations, for best.pth; 0: never [about a tenth of all]")  # fmt: skip
     add("--log-every", type=int, default=20, metavar="N", help="iterations per record in log.jsonl [%(default)s]")
     add("--resume", metavar="FILE", help="continue from this checkpoint, with its settings")
-    add("--dry-run", action="store_true",
-        help="make two steps, validate one batch, print speed, memory and duration; save nothing")  # fmt: skip
-    add("--tensorboard", action="store_true",
-        help="also log to TensorBoard, with images at each validation; needs the tensorboard package")  # fmt: skip
-    add("--deterministic", action="store_true",
-        help="use only algorithms that give the same bits every time; slower on a GPU")  # fmt: skip
+    add("--dry-run", action="store_true", help="try two steps, print speed, memory and duration; save nothing")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard, with images; needs its package")
+    add("--deterministic", action="store_true", help="compute the same bits every time; slower on a GPU")
     add("--weights-only", metavar="FILE", help="at the end also write the network alone, a small file to share")
     return parser
 
@@ -306,7 +279,8 @@ def start_or_resume(settings, dataset, held_out, device, precision):
         model = start_model(settings, dataset.label_map)
     model.to(device).train()
     if device.type == "cuda":  # on a CPU it slows the backward pass down
-        model.to(memory_format=torch.channels_last)
+        for part in model.children():  # not rescale_factors, of whose gradient DistributedDataParallel would complain
+            part.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if settings.resume:
@@ -316,41 +290,71 @@ def start_or_resume(settings, dataset, held_out, device, precision):
 
 def training_loader(settings, dataset, iteration, device):
     """Return the loader of this process's share of the batches from an iteration on."""
-    if settings.batch_size < n_processes():
-        raise InputError(f"--batch-size {settings.batch_size}: too small for {n_processes()} processes; give more")
+    if settings.batch_size < devices.n_processes():
+        raise InputError(
+            f"--batch-size {settings.batch_size}: too small for {devices.n_processes()} processes; give more"
+        )
     sampler = TrainingSampler(
-        len(dataset), settings.batch_size, settings.seed, settings.iterations, iteration, (rank(), n_processes())
+        len(dataset),
+        settings.batch_size,
+        settings.seed,
+        settings.iterations,
+        iteration,
+        (devices.rank(), devices.n_processes()),
     )
+    workers = devices.share_workers(settings.workers)
     return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=device.type == "cuda",
-        num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=ignore_signals,
+        dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=device.type == "cuda", num_workers=workers,
+        prefetch_factor=4 if workers else None, worker_init_fn=devices.ignore_signals,
     )  # fmt: skip
 
 
-def images_at_once(settings):
-    """Return how many images one process takes through the network at once, at most."""
-    return math.ceil(math.ceil(settings.batch_size / n_processes()) / settings.accumulate)
+def images_at_once(settings, process=0):
+    """Return how many images a process takes through the network at once: one number, or two neighbouring ones."""
+    share = len(range(process, settings.batch_size, devices.n_processes()))
+    n_parts = min(settings.accumulate, share)
+    return sorted({share // n_parts, math.ceil(share / n_parts)})
+
+
+def prepare_network(settings, model, precision):
+    """Return the model, distributed over the processes and compiled as the settings say, which this may complete."""
+    network, is_automatic = model, settings.compile is None
+    if devices.n_processes() > 1:
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False  # they never change
+    if is_automatic:
+        is_long = settings.iterations > COMPILE_ABOVE
+        settings.compile = is_long and model.priors_cxcy.is_cuda and not settings.deterministic
+    if not settings.compile:
+        return network
+    shapes = [(n, 3, settings.size, settings.size) for n in images_at_once(settings, devices.rank())]
+    try:
+        return devices.compile_network(network, shapes, precision)
+    except InputError as error:
+        if not is_automatic:
+            raise
+        settings.compile = False
+        runlog.warn(f"{error}, as this run does")
+        return network
 
 
 def train(settings):
     """Train until the last iteration or an interruption; return the network, and whether the run is complete."""
     # Prepare the device, the data and the network.
     if settings.deterministic:
-        make_deterministic()
-    device = join_processes()
-    precision = choose_precision(settings.precision, device)
+        devices.make_deterministic()
+    torch.backends.cudnn.benchmark = not settings.deterministic  # cuDNN tries its algorithms, and takes the fastest
+    device = devices.join_processes()
+    precision = devices.choose_precision(settings.precision, device)
     runs.check_overwriting(settings)
     dataset, held_out = training_set(settings), validation_set(settings)
     complete_settings(settings, len(dataset), len(held_out or ()))
     held_out = held_out if settings.validate_every else None
     model, optimizer, scaler, progress = start_or_resume(settings, dataset, held_out, device, precision)
     criterion = MultiBoxLoss(model.priors_cxcy)
-    shape = images_at_once(settings), 3, settings.size, settings.size
-    network = compile_network(model, shape, precision) if settings.compile else model
-    if n_processes() > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     train_loader = training_loader(settings, dataset, progress["iteration"], device)
-    held_out_loader = held_out and evaluation_loader(held_out, images_at_once(settings), settings.workers, device)
+    held_out_loader = held_out and evaluation_loader(held_out, max(images_at_once(settings)), settings.workers, device)
+    network = prepare_network(settings, model, precision)
     step = partial(train_step, network, criterion, optimizer, scaler)
     if settings.dry_run:
         dry_run(settings, step, train_loader, held_out_loader, model, criterion, precision)
@@ -361,12 +365,12 @@ def train(settings):
     log = prepare_output(settings, dataset, held_out, model, precision, progress, validate_now)
     save = partial(save_run, settings, dataset, model, optimizer, scaler, progress)
     validation = partial(validate_and_keep_best, held_out_loader, model, criterion, precision, log, save, progress)
-    todo = {"total": settings.iterations, "initial": progress["iteration"], "disable": rank() > 0 or None}
-    with tqdm(**todo, desc="training", unit="it") as bar, Interruption() as interruption:
+    todo = {"total": settings.iterations, "initial": progress["iteration"], "disable": devices.rank() > 0 or None}
+    with tqdm(**todo, desc="training", unit="it") as bar, devices.Interruption() as interruption:
         if validate_now and not validation(interruption):
             return model, False
         stopwatch, losses = runlog.Stopwatch(), []
-        for batch in batches_on(device, train_loader):
+        for batch in devices.batches_on(device, train_loader):
             stopwatch.stop_waiting()
             rate = learning_rate(progress["iteration"], settings)
             losses.append(step(batch, rate, precision, settings.grad_clip, settings.accumulate))
@@ -378,14 +382,14 @@ def train(settings):
             save_now = runs.is_due(progress["iteration"], settings.checkpoint_every, settings.iterations)
             validate_now = runs.is_due(progress["iteration"], settings.validate_every, settings.iterations)
             keep_now = settings.keep_every and progress["iteration"] % settings.keep_every == 0
-            stop = interruption.agreed()
+            stop = interruption.agreed(progress["iteration"])
             if log_now or save_now or keep_now or validate_now or stop:
                 progress["pending"] += stop_if_not_finite(losses, model, scaler, progress["iteration"], train_loader)
                 losses = []
             if log_now:
                 means = runlog.mean_losses(progress["pending"], criterion.alpha)
-                record = {"event": "train", "iteration": progress["iteration"], **means, "lr": rate}
-                record |= stopwatch.figures(settings.batch_size)
+                figures = {**means, "lr": rate, **stopwatch.figures(settings.batch_size)}
+                record = {"event": "train", "iteration": progress["iteration"], **figures}
                 log.append(record)
                 runlog.show(bar, record, settings.batch_size)
                 if progress["iteration"] % settings.log_every == 0:  # an extra record at the end keeps them
@@ -422,18 +426,18 @@ def train_step(network, criterion, optimizer, scaler, batch, rate, precision="fp
     optimizer.zero_grad()
     # Match before the network runs: every part is normalised by the positives of the whole batch.
     true_boxes, true_labels = criterion.match(boxes, labels)
-    n_positives = sum_over_processes((true_labels > 0).sum()).clamp(min=1)
+    n_positives = devices.sum_over_processes((true_labels > 0).sum()).clamp(min=1)
     n_parts = min(accumulate, len(images))
     parts = zip(*(values.tensor_split(n_parts) for values in (images, true_boxes, true_labels)), strict=True)
     losses = torch.zeros(2, device=images.device)
     for number, (part_images, *targets) in enumerate(parts, start=1):
-        is_early = n_processes() > 1 and number < n_parts
+        is_early = devices.n_processes() > 1 and number < n_parts
         with network.no_sync() if is_early else nullcontext():  # the processes add up their gradients once
-            with mixed_precision(precision, images.device):
+            with devices.mixed_precision(precision, images.device):
                 predictions = network(part_images)
             part_losses = criterion.sums(*predictions, *targets) / n_positives  # in fp32
             # DistributedDataParallel averages the gradients of the processes; the factor turns that into their sum.
-            scaler.scale((part_losses[0] + criterion.alpha * part_losses[1]) * n_processes()).backward()
+            scaler.scale((part_losses[0] + criterion.alpha * part_losses[1]) * devices.n_processes()).backward()
         losses += part_losses.detach()
     scaler.unscale_(optimizer)
     parameters = list(network.parameters())
@@ -442,7 +446,7 @@ def train_step(network, criterion, optimizer, scaler, batch, rate, precision="fp
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     scaler.step(optimizer)
     scaler.update()
-    return torch.cat([losses, norm[None] / n_processes()])
+    return torch.cat([losses, norm[None] / devices.n_processes()])
 
 
 def stop_if_not_finite(losses, model, scaler, iteration, loader):
@@ -453,7 +457,7 @@ def stop_if_not_finite(losses, model, scaler, iteration, loader):
     :param loader: of the training batches
     :raises DivergenceError: naming the iteration and its images
     """
-    losses = sum_over_processes(torch.stack(losses)).cpu()  # waits for the GPU
+    losses = devices.sum_over_processes(torch.stack(losses)).cpu()  # waits for the GPU
     # With fp16 the scaler handles gradients that are not finite: it skips the update.
     finite = losses[:, : 2 if scaler.is_enabled() else 3].isfinite().all(dim=1)
     if not finite.all():
@@ -480,7 +484,7 @@ def validate(loader, model, criterion, precision, interruption=None):
     :param loader: as `eval.evaluation_loader` makes it
     :return: {"loss": ..., "mAP_11_point": ..., missing if there is no object to detect}; None if interrupted
     """
-    outcome = detect_all(loader, model, EVALUATION_LIMITS, precision, criterion, interruption)
+    outcome = detect_all(loader, model, precision=precision, criterion=criterion, interruption=interruption)
     model.train()
     if outcome is None:
         return None
@@ -508,7 +512,7 @@ def validate_and_keep_best(loader, model, criterion, precision, log, save, progr
         save("best.pth", chosen_on=split)
     pictures = example_pictures(loader.dataset, model, PICTURE_LIMITS) if log.board else ()
     log.append({"event": "validation", "iteration": progress["iteration"], "split": split, **result}, pictures)
-    if rank() == 0:
+    if devices.rank() == 0:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
         tqdm.write(f"iteration {progress['iteration']}: validation {figures}")
     log.draw_curves()
@@ -523,15 +527,14 @@ def prepare_output(settings, dataset, held_out, model, precision, progress, vali
     :param validates_first: whether the run begins with the validation of its iteration
     """
     description = runlog.describe_run(vars(settings), list(model.label_map), precision)
-    if rank() == 0:
+    if devices.rank() == 0:
         make_folder(settings.output_folder)
         runs.clean(settings.output_folder, is_new=not settings.resume)
         runs.announce(description, dataset, held_out)
         if settings.batch_size <= SMALL_BATCH and settings.lr == LEARNING_RATE and not settings.resume:
-            rate = LEARNING_RATE * settings.batch_size / 32
-            parts = 32 // settings.batch_size
-            runlog.warn(f"--lr {LEARNING_RATE} is made for batches of 32; give --lr {rate:.1g} for batches of "
-                        f"{settings.batch_size}, or --batch-size 32 --accumulate {parts}")  # fmt: skip
+            size = settings.batch_size
+            runlog.warn(f"--lr {LEARNING_RATE} is made for batches of 32; give --lr {LEARNING_RATE * size / 32:.1g} "
+                        f"for batches of {size}, or --batch-size 32 --accumulate {32 // size}")  # fmt: skip
     keep = None
     if settings.resume:
         keep = partial(runs.is_still_true, progress["iteration"], settings.log_every, validates_first)
@@ -549,7 +552,7 @@ def save_run(settings, dataset, model, optimizer, scaler, progress, name, must=F
     :param must: raise InputError if it cannot be written, instead of warning
     :param chosen_on: the split whose validation chose this network as the best; eval.py calls a score on it optimistic
     """
-    if rank() > 0:
+    if devices.rank() > 0:
         return
     path = os.path.join(settings.output_folder, name)
     training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "settings": vars(settings)}
@@ -566,16 +569,15 @@ def save_run(settings, dataset, model, optimizer, scaler, progress, name, must=F
 def dry_run(settings, step, train_loader, held_out_loader, model, criterion, precision):
     """Make two steps, the second of which is timed, validate one batch, and print what training would take."""
     device = model.priors_cxcy.device
-    say = print if rank() == 0 else lambda _: None
+    say = print if devices.rank() == 0 else lambda _: None
     asked = time.perf_counter()
-    for batch in itertools.islice(batches_on(device, train_loader), 2):
+    for batch in itertools.islice(devices.batches_on(device, train_loader), 2):
         started = time.perf_counter()
         losses = step(batch, learning_rate(0, settings), precision, settings.grad_clip, settings.accumulate)
-        loss = sum_over_processes(losses).tolist()
-        finished = time.perf_counter()
-        seconds = finished - started
+        loss = devices.sum_over_processes(losses).tolist()
+        seconds = time.perf_counter() - started
         say(f"step in {seconds:.2f} s, after {started - asked:.2f} s for its images; loss {sum(loss[:2]):.3f}")
-        asked = finished
+        asked = started + seconds
     if held_out_loader is not None:
         one_batch = list(itertools.islice(held_out_loader, 1))
         result = validate(one_batch, model, criterion, precision)
@@ -592,18 +594,18 @@ def dry_run(settings, step, train_loader, held_out_loader, model, criterion, pre
 def main():
     """Run the command line."""
     settings = parse_settings()
-    join_processes()
+    devices.join_processes()
     try:
-        if settings.sample and rank() == 0 and not has_split(settings.data_folder, "TRAIN"):
+        if settings.sample and devices.rank() == 0 and not has_split(settings.data_folder, "TRAIN"):
             few = {"n_train": 2, "n_test": 10, "by_heart": True, "seed": 5}
             make_sample(settings.data_folder, **(few if settings.no_augmentation else {"n_val": 30}))
-        sum_over_processes(torch.zeros(1))  # wait for the sample
+        devices.sum_over_processes(torch.zeros(1))  # wait for the sample
         tried = f"tried --batch-size {settings.batch_size} with --accumulate {settings.accumulate}"
-        with explain_memory(f"{tried}; lower the first or raise the second"):
+        with devices.explain_memory(f"{tried}; lower the first or raise the second"):
             model, complete = train(settings)
-        is_first = rank() == 0
+        is_first = devices.rank() == 0
     finally:
-        leave_processes()
+        devices.leave_processes()
     if not is_first or settings.dry_run:
         return
     if complete and settings.weights_only:

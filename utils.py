@@ -4,11 +4,11 @@ from utils import parse_annotation, find_jaccard_overlap, transform, calculate_m
 """
 
 import math
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from support.files import InputError
@@ -91,6 +91,7 @@ IMAGE_SIZE = 300  # side of SSD300's input, pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0-1: torchvision's VGG-16 was trained with these
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _PIXEL_MEAN, _PIXEL_STD = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+_FILLING = _PIXEL_MEAN.round().byte()  # of the area around an image
 
 # Paper §2.2, "Data augmentation"; figures from Caffe's ssd_pascal.py and data_transformer.cpp.
 BRIGHTNESS_DELTA = 32  # of 255, added
@@ -106,7 +107,7 @@ ZOOM_OUT_PROBABILITY = FLIP_PROBABILITY = 0.5
 DISTORTION_PROBABILITY = 0.5  # of each of the four changes of colours
 
 
-def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SIZE, antialias=True):
+def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SIZE, antialias=True, as_bytes=False):
     """Turn an image and its objects into a sample for the network; augment it for training (paper §2.2).
 
     The geometry (zoom-out, crop, flip) is drawn on the boxes alone. Then one window of the image is resized and its
@@ -119,8 +120,9 @@ def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SI
     :param rng: numpy.random.Generator for all random choices; None seeds one from torch's random state
     :param size: side of the network's input, pixels
     :param antialias: False resizes a test image as OpenCV's INTER_LINEAR does; training images are always antialiased
-    :return: image (3, size, size), ImageNet-normalised; boxes (m, 4), fractional xy inside [0, 1]; labels (m,);
-        difficulties (m,); a training crop drops the objects whose centre it does not hold, but never all of them
+    :param as_bytes: return the image as RGB of 0-255, uint8; the network normalises it
+    :return: image (3, size, size), ImageNet-normalised unless `as_bytes`; boxes (m, 4), fractional xy inside [0, 1];
+        labels (m,); difficulties (m,); a training crop drops objects whose centre it does not hold, but never all
     :raises InputError: if a box has no area inside the image, or the image cannot be decoded
     """
     is_training = str(split).upper() == "TRAIN"
@@ -129,7 +131,7 @@ def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SI
     image = upright_rgb(image)
     width, height = image.size
     window = np.array([0, 0, width, height])
-    boxes = _clip(boxes.double().numpy(), window)
+    boxes = _clip(boxes.numpy().astype(np.float64), window)
     without_area = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
     if without_area.any():
         number = without_area.argmax() + 1
@@ -143,9 +145,10 @@ def transform(image, boxes, labels, difficulties, split, rng=None, size=IMAGE_SI
         window, kept = crop_around_objects(window, boxes, rng)
         flip = rng.random() < FLIP_PROBABILITY
         pixels, boxes = _sample_window(image, window, _clip(boxes[kept], window), size, flip, rng)
-        kept = torch.from_numpy(kept)
-        labels, difficulties = labels[kept], difficulties[kept]
-    return pixels, torch.from_numpy(boxes).float().clamp_(0, 1), labels.clone(), difficulties.clone()
+        labels, difficulties = (values[torch.from_numpy(kept)] for values in (labels, difficulties))
+    pixels = pixels if as_bytes else (pixels - _PIXEL_MEAN) / _PIXEL_STD
+    boxes = torch.from_numpy(boxes.astype(np.float32).clip(0, 1))
+    return pixels, boxes, labels.clone(), difficulties.clone()
 
 
 def _clip(boxes, window):
@@ -199,11 +202,12 @@ def _sample_window(image, window, boxes, size=IMAGE_SIZE, flip=False, rng=None, 
     :param size, antialias: as for `transform`
     :param flip: whether to mirror the result
     :param rng: with it, the colours of the image, not of the filling, are distorted, and JPEGs may be decoded small
-    :return: pixels (3, size, size), ImageNet-normalised; boxes (n, 4), fractional xy
+    :return: pixels (3, size, size), uint8; boxes (n, 4), fractional xy
     """
     low, high, out_low, out_size = _visible_part(window, image.size, size)
+    output = _FILLING.expand(3, size, size).clone()
     if (out_size == 0).any():
-        return torch.zeros(3, size, size), boxes
+        return output, boxes
 
     # Decode the image. Training takes the smallest size that has a pixel for each pixel of the output.
     reduction = 8 if rng else 1
@@ -213,23 +217,21 @@ def _sample_window(image, window, boxes, size=IMAGE_SIZE, flip=False, rng=None, 
 
     # Resize pixels and boxes: x_out = (x - low) * scale + out_low.
     pixels = pixels if antialias else pixels.float()  # without antialiasing, integers would be cut off, not rounded
-    pixels = F.interpolate(pixels, out_size[::-1].tolist(), mode="bilinear", antialias=antialias)[0, :3].numpy()
+    pixels = F.interpolate(pixels, out_size[::-1].tolist(), mode="bilinear", antialias=antialias)[0, :3]
     scale = out_size / (high - low)
     boxes = (((boxes.reshape(-1, 2, 2) - low) * scale + out_low) / size).reshape(-1, 4)
-    if flip:
-        pixels = pixels[:, :, ::-1]
-        boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
-        out_low[0] = size - out_low[0] - out_size[0]
-    pixels = torch.from_numpy(np.array(pixels, np.float32, order="C"))  # mirrored, channel by channel, in one copy
 
-    # Distort the colours, normalise, fill.
+    # Distort the colours, round to bytes, mirror.
+    (left, top), (right, bottom) = out_low.tolist(), (out_low + out_size).tolist()
+    visible = output[:, top:bottom, left:right]
     if rng:
-        photometric_distort(pixels, rng)
-    pixels.sub_(_PIXEL_MEAN).div_(_PIXEL_STD)
-    (left, top), (right, bottom) = out_low.tolist(), (size - out_low - out_size).tolist()
-    if any((left, right, top, bottom)):
-        pixels = F.pad(pixels, (left, right, top, bottom))
-    return pixels, boxes
+        photometric_distort(pixels, rng, out=visible)
+    else:
+        visible.copy_(pixels if antialias else pixels + 0.5)
+    if flip:
+        output = output.flip(2)
+        boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
+    return output, boxes
 
 
 def _visible_part(window, image_size, size=IMAGE_SIZE):
@@ -253,36 +255,36 @@ def _decode(image, low, high, reduction):
     :return: pixels (1, 4, height, width) of 0-255, the fourth channel unused; the corners of exactly these pixels in
         the image, which are those of the part rounded outwards to whole pixels of the reduced size
     """
-    with decoding(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's about large images, and PyTorch's about memory that is read-only
+    with decoding():
         if reduction > 1 and not image.draft("RGB", [side // reduction for side in image.size]):
             reduction = 1
-        low, high = low // reduction, -(-high // reduction)  # floor, ceiling
-        if low.any() or (high != image.size).any():
-            image = image.crop((*low.tolist(), *high.tolist()))
-        # PIL stores RGB in four bytes per pixel: no other layout is copied and resized faster.
-        pixels = torch.frombuffer(image.tobytes("raw", "RGBX"), dtype=torch.uint8)
-    return pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2), low * reduction, high * reduction
+        # Let PIL, which stores RGB in four bytes per pixel, decode into this memory: that saves a copy.
+        pixels = np.zeros((image.height, image.width, 4), np.uint8)
+        memory = Image.core.map_buffer(pixels, image.size, "raw", 0, ("RGB", 0, 1))
+        if image.format == "JPEG" and image.tile:  # a file that is not decoded yet
+            image.im = memory
+        image.load()
+        if image.im is not memory:
+            memory.paste(image.im, (0, 0, *image.size))
+    low, high = low // reduction, -(-high // reduction)  # floor, ceiling
+    pixels = torch.from_numpy(pixels[low[1] : high[1], low[0] : high[0]])
+    return pixels.permute(2, 0, 1)[None], low * reduction, high * reduction
 
 
-def photometric_distort(pixels, rng):
-    """Change brightness, contrast, saturation and hue in place, each with DISTORTION_PROBABILITY, in random order.
+def photometric_distort(pixels, rng, out):
+    """Change brightness, contrast, saturation and hue, each with DISTORTION_PROBABILITY, in random order.
 
-    :param pixels: (3, height, width) float tensor, RGB of 0-255
+    :param pixels: (3, height, width), RGB of 0-255, uint8
+    :param out: tensor like pixels for the result, which is rounded once
     """
-    for distortion in rng.permutation(4):
-        if rng.random() < 1 - DISTORTION_PROBABILITY:
-            continue
-        if distortion == 0:
-            pixels.add_(rng.uniform(-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA)).clamp_(0, 255)
-        elif distortion == 1:
-            pixels.mul_(rng.uniform(*CONTRAST_RANGE)).clamp_(max=255)
-        elif distortion == 2:
-            _scale_saturation(pixels, rng.uniform(*SATURATION_RANGE))
-        else:
-            turn = rng.uniform(-HUE_DELTA, HUE_DELTA)
-            for rows in pixels.split(100, dim=1):  # in parts that fit the processor's cache
-                _turn_hue(rows, turn)
+    order = [DISTORTIONS[number] for number in rng.permutation(len(DISTORTIONS))]
+    changes = [(change, rng.uniform(*limits)) for change, limits in order if rng.random() >= 1 - DISTORTION_PROBABILITY]
+    # A part of the rows at a time stays in the processor's cache for all changes.
+    for rows, out_rows in zip(pixels.split(100, dim=1), out.split(100, dim=1), strict=True):
+        rows = rows.to(torch.float32, memory_format=torch.contiguous_format)
+        for change, value in changes:
+            change(rows, value)
+        out_rows.copy_(rows.add_(0.5).short())  # twice as fast as from float to uint8 directly
 
 
 def _scale_saturation(pixels, factor):
@@ -299,27 +301,25 @@ def _scale_saturation(pixels, factor):
 def _turn_hue(pixels, turn):
     """Turn HSV's hue by a share of the colour circle, at most a sixth; saturation and value stay.
 
-    colour = smallest + chroma * clip(2 - |d|, 0, 1), where chroma = max(R, G, B) - min(R, G, B) and d is the signed
-    distance, in sixths of the circle, from the colour's own hue (red 0, green 2, blue 4) to the pixel's. Turning adds
-    t = 6 * turn to d. If t < 0, the circle is walked the other way: |t|, with green and blue swapped.
+    Each colour moves towards the one before it on the circle red, green, blue (after it if turn < 0), by at most a step
+    of |6 * turn| * (max(R, G, B) - min(R, G, B)), minus the distance to the third colour if that lies on the same side.
     """
-    smallest = pixels.amin(dim=0)
-    chroma = pixels.amax(dim=0).sub_(smallest)
-    turned = chroma * abs(6 * turn)  # chroma * t
-    left = chroma - turned
+    step = (pixels.amax(dim=0) - pixels.amin(dim=0)).mul_(abs(6 * turn))
     red, green, blue = pixels
     colors = (red, green, blue) if turn > 0 else (red, blue, green)
-
-    # No d is needed. A colour minus the next one, `ahead`, is chroma * (2 + d) on [-3, -1] and chroma * (1 - d) on
-    # [0, 2]. So ahead + turned is chroma * (2 + d + t), the formula while the colour rises, and ahead + left is
-    # chroma * (2 - d - t), the formula while it falls. Elsewhere `behind` of another colour keeps each small enough.
-    ahead = [colors[i] - colors[i - 2] for i in range(3)]
-    behind = [chroma - difference for difference in ahead]
+    ahead = [colors[i] - colors[i - 2] for i in range(3)]  # each minus the third colour
     for i, color in enumerate(colors):
-        falling = torch.minimum(ahead[i] + left, behind[i - 1])
-        rising = torch.minimum(ahead[i].add_(turned), behind[i - 2])
-        torch.maximum(falling, rising, out=color).clamp_(min=0)
-        torch.minimum(color, chroma, out=color).add_(smallest)
+        rise = ahead[i].clamp(max=0).add_(step).clamp_(min=0)  # max(0, step - max(0, third - color))
+        fall = ahead[i].clamp(min=0).sub_(step).clamp_(max=0)  # min(0, max(0, color - third) - step)
+        color.add_(torch.clamp(ahead[i - 1], fall, rise))
+
+
+DISTORTIONS = (  # changes of pixels (3, height, width) in place by a value, and its limits
+    (lambda pixels, delta: pixels.add_(delta).clamp_(0, 255), (-BRIGHTNESS_DELTA, BRIGHTNESS_DELTA)),
+    (lambda pixels, factor: pixels.mul_(factor).clamp_(max=255), CONTRAST_RANGE),
+    (_scale_saturation, SATURATION_RANGE),
+    (_turn_hue, (-HUE_DELTA, HUE_DELTA)),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +26,7 @@ from support.checks import preview
 from support.files import import_optional, make_folder, run_command, write_files
 from support.images import TILE_MARGIN, read_image
 from support.sample import make_sample
-from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy
+from utils import IMAGE_SIZE, cxcy_to_xy
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 WIDTH = 1200  # of a figure, pixels
@@ -70,7 +69,7 @@ def main():
         files = {
             "priors.png": encode_figure(draw_priors(pyplot, plain, criterion)),
             "augmentation.png": encode_figure(draw_augmentation(pyplot, dataset)),
-            "preview.jpg": encode_part(preview(dataset, 4, criterion, IMAGENET_MEAN, IMAGENET_STD, PREVIEW_SEED)),
+            "preview.jpg": encode_part(preview(dataset, 4, criterion, PREVIEW_SEED)),
             "schedule.png": encode_figure(draw_schedule(pyplot)),
         }
     for run_folder in sys.argv[1:]:
@@ -108,9 +107,8 @@ def encode(image, file_format, **options):
 
 
 def to_pixels(image):
-    """Return an ImageNet-normalised image (3, h, w) as an array (h, w, 3) of 0-1."""
-    pixels = image * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
+    """Return a sample's image (3, h, w), uint8, as an array (h, w, 3) of 0-1."""
+    return image.permute(1, 2, 0).numpy() / 255
 
 
 def new_figure(pyplot, height):

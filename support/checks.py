@@ -4,7 +4,7 @@ splits = {"TRAIN": read_sources(["VOC2007"], "TRAIN"), "TEST": read_sources(["VO
 odd_images, near_copies = check_images(splits)
 breaking, odd, objects = check(splits, label_map, priors, jaccard_overlap)
 print_problems(breaking, odd_images | odd)
-preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion, IMAGENET_MEAN, IMAGENET_STD).save("preview.jpg")
+preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion).save("preview.jpg")
 """
 
 import hashlib
@@ -13,7 +13,6 @@ import os
 from collections import Counter, defaultdict
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -210,21 +209,20 @@ def print_problems(breaking, odd, drops=False):
                 print("    ...")
 
 
-def preview(dataset, n, criterion, mean, std, seed=0):
+def preview(dataset, n, criterion, seed=0):
     """Return a picture of n training samples: on the left as they are, on the right as the network gets them.
 
     :param dataset: PascalVOCDataset; the augmentation of its first epoch is shown
     :param criterion: MultiBoxLoss, which matches priors with objects
-    :param mean, std: of the normalised images, 3 values each, RGB of 0-1
     :param seed: of the choice of images, which prefers those with objects
     """
     order = np.random.default_rng(seed).permutation(len(dataset)).tolist()
     order.sort(key=lambda index: not dataset.objects[index]["labels"])
-    pairs = [_preview_pair(dataset, index, criterion, mean, std) for index in order[:n]]
+    pairs = [_preview_pair(dataset, index, criterion) for index in order[:n]]
     return tile([picture for pair in pairs for picture in pair], 4, TILE)
 
 
-def _preview_pair(dataset, index, criterion, mean, std):
+def _preview_pair(dataset, index, criterion):
     """Return (title, picture) of an image as it is, and of the augmented image with the priors of each object."""
     names = label_names(dataset.label_map)
     colors = label_color_map(dataset.label_map)
@@ -239,14 +237,12 @@ def _preview_pair(dataset, index, criterion, mean, std):
 
     # Draw what the network gets in the first epoch.
     image, boxes, labels, _ = dataset[0, index]
-    pixels = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    pixels = (255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     matched_boxes, matched_labels = criterion.match([boxes], [labels])
     is_matched = matched_labels > 0
     counts = [int((matched_boxes[is_matched] == box).all(dim=1).sum()) for box in boxes]
     labels = [names[label] for label in labels.tolist()]
     captions = [f"{name} {count}" for name, count in zip(labels, counts, strict=True)]
-    right = Image.fromarray(pixels).resize((TILE, TILE))
+    right = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((TILE, TILE))
     right = draw_boxes(right, (boxes * TILE).tolist(), captions, [colors[name] for name in labels])
 
     file_name = os.path.basename(dataset.images[index])

@@ -9,16 +9,19 @@ for images, boxes, labels, difficulties in batches_on(device, loader):
 
 import datetime
 import itertools
+import math
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed
 
 from support.files import InputError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# tf32 is fp32 whose factors a GPU's convolutions round to 10 bits, PyTorch's own default.
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AGREE_EVERY = 10  # iterations after which processes on several GPUs agree whether to stop
 
 
 def find_device():
@@ -32,18 +35,28 @@ def name_hardware():
 
 
 def count_cores(most=16):
-    """Return the number of processor cores that this process may use, but no more than `most`."""
+    """Return the number of cores that the processes on this machine may use, but no more than `most` for each."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, most)
+    return min(available, most * _n_processes_here())
+
+
+def share_workers(n):
+    """Return how many of the n loading processes of this machine belong to this process, at least one if n > 0."""
+    return math.ceil(n / _n_processes_here())
+
+
+def _n_processes_here():
+    """Return the number of processes that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_precision(name, device):
-    """Return the key of PRECISIONS to compute with, and turn TF32 off for convolutions in fp32.
+    """Return the key of PRECISIONS to compute with, and turn TF32 on or off.
 
     :param name: a key of PRECISIONS, or "auto": bf16 if the device is a GPU with native support for it, else fp32
-    :raises InputError: for bf16 or fp16 on a CPU: most CPUs emulate them, a hundred times slower
+    :raises InputError: for the others on a CPU: most CPUs emulate bf16 and fp16, a hundred times slower
     """
-    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds to the 10 bits of TF32
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
@@ -75,7 +88,7 @@ def make_deterministic():
 
 def mixed_precision(precision, device):
     """Return the autocast context of a precision; the weights stay in fp32."""
-    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=PRECISIONS[precision] != torch.float32)
 
 
 def batches_on(device, loader):
@@ -95,25 +108,29 @@ def batches_on(device, loader):
         yield images, *objects
 
 
-def compile_network(model, image_shape, precision):
-    """Return the model compiled for batches of this shape, sharing its weights.
+def compile_network(network, shapes, precision):
+    """Return the network compiled for batches of these shapes, sharing its weights.
 
-    :param image_shape: of its input, (N, 3, height, width)
+    DistributedDataParallel comes first: the compiler then divides the backward pass where gradients can be sent.
+
+    :param network: the model, or DistributedDataParallel of it if there are several processes
+    :param shapes: of all batches of images, as bytes, that will come; each is compiled by itself
     :raises InputError: if PyTorch cannot compile it
     """
-    network = torch.compile(model)
-    device = next(model.parameters()).device
+    device = next(network.parameters()).device
     try:
-        with mixed_precision(precision, device):
-            ((images,),) = batches_on(device, [(torch.zeros(image_shape),)])
-            sum(part.sum() for part in network(images)).backward()
+        compiled = torch.compile(network, dynamic=False)
+        for (images,) in batches_on(device, [(torch.zeros(shape, dtype=torch.uint8),) for shape in shapes]):
+            alone = network.no_sync() if n_processes() > 1 else nullcontext()  # another process may have other sizes
+            with alone, mixed_precision(precision, device):
+                sum(part.sum() for part in compiled(images)).backward()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # most often there is no compiler
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); use --no-compile") from error
-    model.zero_grad()
-    return network
+    network.zero_grad()
+    return compiled
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -207,9 +224,13 @@ class Interruption:
             raise KeyboardInterrupt
         self.requested = True
 
-    def agreed(self):
-        """Return whether any process was interrupted. All processes must call this together."""
-        return any_process(self.requested)
+    def agreed(self, iteration=0):
+        """Return whether any process was interrupted. All processes must call this together.
+
+        With several GPUs the answer is False for most iterations: to agree, the processes wait for each other.
+        """
+        is_costly = n_processes() > 1 and find_device().type == "cuda"
+        return False if is_costly and iteration % AGREE_EVERY else any_process(self.requested)
 
 
 def ignore_signals(_worker=None):

@@ -3,20 +3,24 @@
 python tests/benchmark.py
 python tests/benchmark.py --data-folder data/voc --device cuda --compile
 
-The figures of a ratio are measured in turn, in the same run on the same machine. Ratios differ between machines.
+The figures of a ratio are measured in the same run on the same machine. Ratios differ between machines. It ends within
+nine minutes: a part that fails or exceeds its budget loses only its own rows, and the last lines name it.
 """
 
 import argparse
 import functools
+import gc
 import json
 import os
 import platform
 import random
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import reference
@@ -28,15 +32,77 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval as eval_script
 import train
-from datasets import PascalVOCDataset
+from datasets import PascalVOCDataset, collate_fn
 from model import SSD300, MultiBoxLoss
-from support.devices import choose_precision, compile_network, count_cores, make_deterministic
-from support.files import run_command
+from support.devices import PRECISIONS, choose_precision, compile_network, count_cores, make_deterministic
+from support.files import InputError, run_command
 from support.sample import make_sample
 from utils import IMAGENET_MEAN, IMAGENET_STD, calculate_mAP
 
 GFLOP_PER_IMAGE = 188.2  # of a training step, 21 classes: 31.37 G multiply-adds forward, x 2 operations, x 3 passes
-STEP_BATCHES = (32, 128)
+LONGEST = 510  # seconds of the whole benchmark; a part that must stop then may take some more to end
+MATRIX_SIDE = 8192
+GRAD_CLIP = 5.0  # without a limit, training from scratch sometimes diverges, which would cost the row
+
+
+class Mode(NamedTuple):
+    """How a training step computes."""
+
+    precision: str
+    benchmark: bool = False  # cudnn tries its algorithms and takes the fastest
+    deterministic: bool = False
+    compiled: bool = False
+
+    def __str__(self):
+        return ", ".join([self.precision, *(name for name, value in self._asdict().items() if value is True)])
+
+
+FAST = Mode("bf16", benchmark=True)
+COMPILED = FAST._replace(compiled=True)
+# (images per batch, mode), the most telling first. Launching kernels takes longer than running them at batch 1 and 8.
+STEPS = [
+    *((32, mode) for mode in (FAST, Mode("bf16"), Mode("tf32"), Mode("fp32"), Mode("bf16", deterministic=True))),
+    *((n_images, FAST) for n_images in (1, 8, 128)),
+]
+COMPILED_STEPS = [(n_images, COMPILED) for n_images in (32, 8, 1, 128)]
+
+
+class OutOfTime(BaseException):
+    """A part has used its budget. Not an Exception, so that no library takes it for a failure of its own."""
+
+
+class Timetable:
+    """Runs parts of the benchmark, each within a budget of seconds, and notes those that were skipped.
+
+    :param seconds: budget of all parts together
+    """
+
+    def __init__(self, seconds):
+        self.end = time.perf_counter() + seconds
+        self.skipped = []
+
+    def run(self, name, function, *arguments, seconds=60):
+        """Return the function's result, or None if it fails, takes more than its seconds, or no time is left."""
+        seconds = min(seconds, self.end - time.perf_counter())
+        if seconds <= 0:
+            self.skipped.append(f"{name}: no time left")
+            return None
+
+        def stop(*_):
+            raise OutOfTime
+
+        earlier = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            return function(*arguments)
+        except OutOfTime:
+            self.skipped.append(f"{name}: not done after {seconds:.0f} s")
+        except (InputError, RuntimeError) as error:
+            self.skipped.append(f"{name}: {str(error).strip().splitlines()[0]}")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, earlier)
+        return None
 
 
 def seconds(*functions, rounds=7):
@@ -190,12 +256,16 @@ def time_forward():
     print_row("forward pass, batch 8", f"{1000 * theirs:.0f} ms", f"{1000 * ours:.0f} ms", ratio)
 
 
-def gpu_seconds(function, repeats=20):
-    """Return the GPU time of one call, after three warm-up calls."""
+def gpu_seconds(function, seconds=2.0):
+    """Return the GPU time of one call, over about this many seconds of calls, after four warm-up calls."""
     for _ in range(3):
         function()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    repeats = min(100, max(5, int(seconds / (time.perf_counter() - started))))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
         function()
@@ -204,67 +274,119 @@ def gpu_seconds(function, repeats=20):
     return start.elapsed_time(end) / 1000 / repeats
 
 
-def time_steps(device, with_compilation):
-    """Time training steps on data in GPU memory, against the bf16 matrix rate; return the best images/s at batch 32."""
-    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    matrix_rate = 2 * 8192**3 / gpu_seconds(lambda: matrix @ matrix)
-    print_row("bf16 matrix product, 8192 x 8192", "", f"{matrix_rate / 1e12:.0f} TFLOP/s", "")
-    modes = {
-        "fp32": ("fp32", False, False),
-        "bf16, channels last": ("bf16", True, False),
-        "bf16, channels last, deterministic": ("bf16", True, False),
-    }
-    if with_compilation:
-        modes["bf16, channels last, compiled"] = ("bf16", True, True)
-    rates = {}
-    for n_images in STEP_BATCHES:
-        for name, (precision, channels_last, compiled) in modes.items():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            choose_precision(precision, device)
-            torch.use_deterministic_algorithms(name.endswith("deterministic"))
-            torch.manual_seed(0)
-            model = SSD300(21, pretrained=False).to(device)
-            images = torch.randn(n_images, 3, 300, 300, device=device)
-            if channels_last:
-                model.to(memory_format=torch.channels_last)
-                images = images.contiguous(memory_format=torch.channels_last)
-            network = compile_network(model, images.shape, precision) if compiled else model
-            criterion = MultiBoxLoss(model.priors_cxcy)
-            settings = argparse.Namespace(lr=1e-5, momentum=0.9, weight_decay=5e-4, grad_clip=0, precision=precision)
-            optimizer = train.make_optimizer(model, settings)
-            scaler = torch.amp.GradScaler(device.type, enabled=False)
-            locs, scores, boxes, labels = random_batch(n_images, device)
-            batch = images, boxes, labels, None
-            step = gpu_seconds(functools.partial(
-                train.train_step, network, criterion, optimizer, scaler, batch, 1e-5, precision
-            ))  # fmt: skip
-            rates[n_images, name] = n_images / step
-            share = GFLOP_PER_IMAGE * 1e9 * n_images / step / matrix_rate
-            ratio = f"{share:.2f} of matrix rate, {rates[n_images, name] / rates[n_images, 'fp32']:.1f} x fp32"
-            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak memory"
-            print_row(f"step, batch {n_images}, {name}", memory, f"{n_images / step:.0f} images/s", ratio)
-            if precision == "bf16" and not compiled:
-                loss = gpu_seconds(lambda c=criterion, b=(locs, scores, boxes, labels): c(*b).backward())
-                print_row(
-                    f"loss alone, batch {n_images}", "", f"{1000 * loss:.2f} ms", f"{loss / step:.1%} of the step"
-                )
-    torch.use_deterministic_algorithms(False)
-    return max(rate for (n_images, _), rate in rates.items() if n_images == STEP_BATCHES[0])
+def time_matrix_product(precision, device):
+    """Time the product of two large matrices; return the operations per second."""
+    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device, dtype=PRECISIONS[precision])
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    rate = 2 * MATRIX_SIDE**3 / gpu_seconds(lambda: matrix @ matrix)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print_row(f"{precision} matrix product, {MATRIX_SIDE} x {MATRIX_SIDE}", "", f"{rate / 1e12:.0f} TFLOP/s", "")
+    return rate
 
 
-def time_training(data_folder, step_rate, decode_rate, with_compilation):
-    """Time train.py's own loop on image files, against the step alone and against decoding on all cores."""
+def time_step(n_images, mode, device, matrix_rate):
+    """Time training steps on data in GPU memory, against the matrix rate of their precision; return the images/s.
+
+    :param matrix_rate: operations per second, or None if it is unknown
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()  # otherwise a second size compiles a network for any size, and its row is of that
+    choose_precision(mode.precision, device)
+    torch.manual_seed(0)
+    model = SSD300(21, pretrained=False).to(device, memory_format=torch.channels_last)
+    images = torch.randint(256, (n_images, 3, 300, 300), dtype=torch.uint8, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    locs, scores, boxes, labels = random_batch(n_images, device)
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    settings = argparse.Namespace(lr=1e-5, momentum=0.9, weight_decay=5e-4, precision=mode.precision)
+    optimizer = train.make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    torch.backends.cudnn.benchmark = mode.benchmark
+    torch.use_deterministic_algorithms(mode.deterministic)
+    try:
+        network = compile_network(model, images.shape, mode.precision) if mode.compiled else model
+        batch = images, boxes, labels, None
+        step = gpu_seconds(functools.partial(
+            train.train_step, network, criterion, optimizer, scaler, batch, 1e-5, mode.precision, GRAD_CLIP
+        ))  # fmt: skip
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak memory"
+        share = f"{GFLOP_PER_IMAGE * 1e9 * n_images / step / matrix_rate:.2f} of matrix rate" if matrix_rate else ""
+        rate = f"{n_images / step:.0f} images/s, {1000 * step:.1f} ms"
+        print_row(f"step, batch {n_images}, {mode}", memory, rate, share)
+        if not mode.compiled:
+            loss = gpu_seconds(lambda: criterion(locs, scores, boxes, labels).backward(), seconds=0.5)
+            print_row("  its loss alone", "", f"{1000 * loss:.2f} ms", f"{loss / step:.1%} of the step")
+    finally:
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(False)
+    return n_images / step
+
+
+class Converted(torch.utils.data.Dataset):
+    """A data set whose images have another dtype."""
+
+    def __init__(self, dataset, dtype):
+        self.dataset, self.dtype = dataset, dtype
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        image, *objects = self.dataset[key]
+        return image.to(self.dtype), *objects
+
+
+def time_loader(data_folder, dtype, device, bound, measured=5.0):
+    """Time train.py's loader with images as floats or as bytes, and the joining and pinning of a batch alone.
+
+    :param bound: images/s of bare decoding on all cores, or None if it is unknown
+    :param measured: seconds to measure, after the batches that the loading processes have ready at first
+    """
+    is_pinned = device.type == "cuda"
+    settings = train.parse_settings(["--data-folder", str(data_folder), "--iterations", "1000000"])
+    dataset = Converted(train.training_set(settings), dtype)
+    samples = [dataset[0, index % len(dataset)] for index in range(settings.batch_size)]
+
+    def join():
+        images = collate_fn(samples)[0]
+        return images.pin_memory() if is_pinned else images
+
+    (joining,) = seconds(join)
+    name = f"{settings.batch_size} images as {dtype}".replace("torch.", "") + ", pinned" * is_pinned
+    print_row(f"joining {name}", "", f"{1000 * joining:.2f} ms", f"{settings.batch_size / joining:.0f} images/s")
+    n_ready, n_batches, started = 2 + 4 * settings.workers, 0, None
+    for number, _ in enumerate(train.training_loader(settings, dataset, 0, device)):
+        if number == n_ready:
+            started = time.perf_counter()
+        elif number > n_ready:
+            n_batches += 1
+            if time.perf_counter() - started >= measured:
+                break
+    rate = n_batches * settings.batch_size / (time.perf_counter() - started)
+    ratio = f"{rate / bound:.2f} of decoding on all cores" if bound else ""
+    print_row(f"loading {name}, {settings.workers} processes", "", f"{rate:.0f} images/s", ratio)
+
+
+def time_training(data_folder, bounds, compiled):
+    """Time train.py's own loop on image files, against the smaller of the known bounds.
+
+    :param bounds: images/s of the step alone, and of bare decoding on all cores; those that are unknown are None
+    """
+    torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as folder:
         settings = ["--data-folder", str(data_folder), "--output-folder", folder, "--no-pretrained"]
-        settings += ["--iterations", "400", "--log-every", "100", "--warmup", "400", "--validate-every", "0"]
-        settings += ["--compile"] * with_compilation
+        settings += ["--iterations", "400", "--log-every", "50", "--warmup", "400", "--validate-every", "0"]
+        settings += ["--grad-clip", str(GRAD_CLIP), "--compile" if compiled else "--no-compile"]
         train.train(train.parse_settings(settings))
         records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    rate = statistics.median(record["images_per_second"] for record in records[2:] if record["event"] == "train")
-    bound = min(step_rate, decode_rate * count_cores())
-    ratio = f"{rate / bound:.2f} of the smaller bound"
-    print_row("training from files, batch 32", f"{bound:.0f} images/s", f"{rate:.0f} images/s", ratio)
+    rates = [record["images_per_second"] for record in records if record["event"] == "train"]
+    rate = statistics.median(rates[1:])
+    bound = min((known for known in bounds if known), default=None)
+    ratio = f"{rate / bound:.2f} of the smaller bound" if bound else ""
+    name = f"training from files, batch 32{', compiled' * compiled}"
+    print_row(name, f"{bound:.0f} images/s" if bound else "", f"{rate:.0f} images/s", ratio)
 
 
 def time_evaluation(data_folder, device):
@@ -294,24 +416,47 @@ def main():
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}")  # fmt: skip
     if settings.device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: PyTorch finds no GPU; leave it out")
         make_deterministic()  # must precede the first CUDA call
         torch.use_deterministic_algorithms(False)
         print(torch.cuda.get_device_name())
     print_row("part", "loop version or bound", "ours", "ratio")
+    timetable = Timetable(LONGEST)
     with tempfile.TemporaryDirectory() as folder:
         if not settings.data_folder:
             make_sample(folder, n_train=128, n_test=32)
-        data_folder = settings.data_folder or folder
-        decode_rate = time_loading(data_folder)
-        time_loss()
-        time_detection()
-        time_map()
-        time_forward()
-        if settings.device == "cuda":
-            device = torch.device("cuda")
-            step_rate = time_steps(device, settings.compile)
-            time_training(data_folder, step_rate, decode_rate, settings.compile)
-            time_evaluation(data_folder, device)
+        time_all(settings.data_folder or folder, torch.device(settings.device), settings.compile, timetable)
+    for skipped in timetable.skipped:
+        print(f"skipped: {skipped}")
+
+
+def time_all(data_folder, device, with_compilation, timetable):
+    """Run all parts that the device allows, the most telling first."""
+    decode_rate = timetable.run("loading in one thread", time_loading, data_folder)
+    bound = decode_rate and decode_rate * count_cores()
+    for dtype in (torch.float32, torch.uint8):
+        timetable.run(f"loading as {dtype}", time_loader, data_folder, dtype, device, bound)
+    if device.type == "cuda":
+        precisions = dict.fromkeys(mode.precision for _, mode in STEPS)
+        matrix_rates = {
+            precision: timetable.run(f"{precision} matrix product", time_matrix_product, precision, device, seconds=10)
+            for precision in precisions
+        }
+        rates = {}
+        for n_images, mode in [*STEPS, *(COMPILED_STEPS if with_compilation else ())]:
+            rates[n_images, mode] = timetable.run(
+                f"step, batch {n_images}, {mode}", time_step, n_images, mode, device, matrix_rates[mode.precision],
+                seconds=90 if mode.compiled else 20,
+            )  # fmt: skip
+            if (n_images, mode) == (32, FAST):
+                timetable.run("training from files", time_training, data_folder, [rates[32, FAST], bound], False)
+        if with_compilation:
+            bounds = [rates[32, COMPILED], bound]
+            timetable.run("training from files, compiled", time_training, data_folder, bounds, True, seconds=90)
+        timetable.run("evaluation from files", time_evaluation, data_folder, device)
+    for part in (time_loss, time_detection, time_map, time_forward):
+        timetable.run(part.__name__.replace("time_", ""), part, seconds=90)
 
 
 if __name__ == "__main__":

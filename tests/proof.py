@@ -1,23 +1,25 @@
 """Train SSD300 and torchvision's ssd300_vgg16 from scratch on the same images, and compare them.
 
 python tests/proof.py mine --zero-based --output-folder runs/proof
-python tests/proof.py mine --zero-based --output-folder runs/proof --systems ours-fp32 ours-compiled
+python tests/proof.py mine --zero-based --output-folder runs/proof --systems ours-tf32 ours-from-torchvision torchvision
 python tests/proof.py mine --zero-based --output-folder runs/proof --compare-losses 200
 torchrun --nproc-per-node=4 tests/proof.py mine --zero-based --output-folder runs/proof --systems ours
 
-For a quick trial, add --iterations 8 --batch-size 2 --test-images 8. Trainings whose results are already in the output
-folder are skipped, so the same command continues an interrupted proof.
+For a quick trial, add --iterations 8 --batch-size 2 --test-images 8. The same command continues a proof that was
+interrupted or killed: trainings whose results are in the output folder are skipped, others go on from their checkpoint.
 """
 
 import argparse
 import gc
+import itertools
 import math
 import os
 import re
 import statistics
 import sys
 import tempfile
-import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +35,10 @@ import train
 from datasets import PascalVOCDataset
 from eval import detect_all, evaluation_loader, score
 from model import MultiBoxLoss, load_model
+from support import runs
+from support.checkpoints import load_optimizer, save_weights
 from support.devices import (
+    Interruption,
     batches_on,
     choose_precision,
     find_device,
@@ -45,23 +50,36 @@ from support.devices import (
     rank,
     sum_over_processes,
 )
-from support.files import DivergenceError, InputError, check_outputs, make_folder, read_json, run_command, write_json
+from support.files import (
+    DivergenceError,
+    InputError,
+    atomic_writer,
+    check_outputs,
+    make_folder,
+    read_json,
+    run_command,
+    write_json,
+)
 from support.images import read_size
 from support.results import coco_results, coco_scores, image_names, import_pycocotools, read_coco_ids
-from support.runlog import describe_run
-from utils import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
+from support.runlog import RunLog, Stopwatch, describe_run, read_log
+from utils import IMAGE_SIZE
 
-# Training from scratch; it takes some minutes on a large GPU.
+# Training from scratch; it takes some minutes on a large GPU. A training that is killed repeats at most 200 iterations.
 RECIPE = (
-    "--no-pretrained --batch-size 32 --iterations 6000 --lr 0.001 --warmup 500 --decay-at 4500 5500 --grad-clip 5 "
-    "--checkpoint-every 1000000 --validate-every 0"
+    "--batch-size 32 --iterations 6000 --lr 0.001 --warmup 500 --decay-at 4500 5500 --grad-clip 5 "
+    "--checkpoint-every 200 --validate-every 0"
 )
-SYSTEMS = {
-    "ours": "--precision auto",
-    "ours-fp32": "--precision fp32",
-    "ours-compiled": "--precision auto --compile",
-    "torchvision": "--precision fp32",  # with convolutions in TF32, PyTorch's default on a GPU
-    "torchvision-bf16": "--precision bf16",
+SYSTEMS = {  # on a CPU, tf32 becomes fp32
+    "ours": "--precision auto --no-pretrained",  # as train.py trains by default
+    "ours-eager": "--precision auto --no-compile --no-pretrained",
+    "ours-fp32": "--precision fp32 --no-compile --no-pretrained",
+    "ours-tf32": "--precision tf32 --no-compile --no-pretrained",
+    "ours-coco-priors": "--precision tf32 --no-compile --no-pretrained --priors coco",
+    # Starts as the same network as torchvision's; the difference is in matching, loss and post-processing.
+    "ours-from-torchvision": "--precision tf32 --no-compile --init-from torchvision-{seed}.pth",
+    "torchvision": "--precision tf32 --no-pretrained",  # PyTorch's default on a GPU
+    "torchvision-bf16": "--precision bf16 --no-pretrained",
 }
 FIGURES = {  # name in the JSON files: (heading, factor and number of digits in the table)
     "mAP_11_point": ("mAP, 11-point", 1, 4),
@@ -73,9 +91,10 @@ FIGURES = {  # name in the JSON files: (heading, factor and number of digits in 
 }
 # Options that are passed on to train.py, and settings in which compared trainings may differ.
 PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum", "--weight-decay", "--warmup",
-             "--grad-clip", "--no-augmentation", "--workers")  # fmt: skip
-OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile")
-TORCHVISION_MEAN, TORCHVISION_STD = (0.48235, 0.45882, 0.40784), 1 / 255  # of its input normalisation, RGB in 0-1
+             "--grad-clip", "--no-augmentation", "--workers", "--checkpoint-every")  # fmt: skip
+OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile", "no_pretrained", "init_from", "priors",
+                "checkpoint_every")  # fmt: skip
+INTERRUPTED = "interrupted and saved; the same command continues this training"
 
 
 def parse_arguments(arguments=None):
@@ -103,20 +122,14 @@ def parse_arguments(arguments=None):
 
 
 def make_torchvision(label_map):
-    """Return torchvision's unmodified network for these classes and for ImageNet-normalised images."""
-    mean, std, their_mean = (
-        torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_MEAN, IMAGENET_STD, TORCHVISION_MEAN)
-    )
-    model = ssd300_vgg16(
-        weights=None, weights_backbone=None, num_classes=len(label_map),
-        image_mean=((their_mean - mean) / std).tolist(), image_std=(TORCHVISION_STD / std).tolist(),
-    )  # fmt: skip
+    """Return torchvision's unmodified network for these classes; it takes a list of float RGB images of 0-1."""
+    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=len(label_map))
     model.label_map = label_map
     return model
 
 
 def step_torchvision(model, optimizer, batch, rate, settings):
-    """Update torchvision's network once, with its own loss; return the loss."""
+    """Update torchvision's network once, with its own loss; return the loss. The images are bytes."""
     images, boxes, labels, _ = batch
     targets = [
         {"boxes": (IMAGE_SIZE * image_boxes).to(images.device), "labels": image_labels.to(images.device)}
@@ -125,7 +138,7 @@ def step_torchvision(model, optimizer, batch, rate, settings):
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
     with mixed_precision(settings.precision, images.device):
-        loss = sum(model(list(images), targets).values())
+        loss = sum(model(list(images / 255), targets).values())
     optimizer.zero_grad()
     loss.backward()
     if settings.grad_clip:
@@ -134,35 +147,103 @@ def step_torchvision(model, optimizer, batch, rate, settings):
     return loss.detach()
 
 
-def batches_of(settings, dataset, device):
-    """Return the batches on which train.py trains with these settings."""
-    loader = train.training_loader(settings, dataset, 0, device)
+def batches_of(settings, dataset, device, iteration=0):
+    """Return the batches on which train.py trains with these settings, from an iteration on."""
+    loader = train.training_loader(settings, dataset, iteration, device)
     return batches_on(device, tqdm(loader, "training", unit="it", disable=None))
 
 
+def checkpoint_path(settings):
+    """Return the path of a training's checkpoint."""
+    return os.path.join(settings.output_folder, "checkpoint.pth")
+
+
+def updates_made(settings):
+    """Return the number of updates that the checkpoint of a training holds, 0 if there is none."""
+    path = checkpoint_path(settings)
+    return torch.load(path, weights_only=True, mmap=True)["iteration"] if os.path.exists(path) else 0
+
+
 def train_torchvision(settings):
-    """Train torchvision's network on train.py's batches, with its optimizer and schedule; return the network."""
+    """Train torchvision's network on train.py's batches, with its optimizer, schedule and log; return the network.
+
+    It goes on from the checkpoint in the output folder, if there is one.
+    """
     device = find_device()
-    choose_precision(settings.precision, device)
-    torch.backends.cudnn.allow_tf32 = True
+    precision = choose_precision(settings.precision, device)
+    torch.backends.cudnn.benchmark = True  # as train.py does
     dataset = train.training_set(settings)
     torch.manual_seed(settings.seed)
     model = make_torchvision(dataset.label_map).to(device).train()
     optimizer = train.make_optimizer(model, settings)
-    for iteration, batch in enumerate(batches_of(settings, dataset, device)):
-        loss = step_torchvision(model, optimizer, batch, train.learning_rate(iteration, settings), settings)
-        check_loss = iteration % settings.log_every == 0 or iteration + 1 == settings.iterations
-        if check_loss and not loss.isfinite():
-            raise DivergenceError(f"torchvision's loss at iteration {iteration + 1} is not finite")
+    path, iteration = checkpoint_path(settings), updates_made(settings)
+    make_folder(settings.output_folder)
+    if iteration:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        load_optimizer(optimizer, torch.amp.GradScaler(device.type, enabled=False), checkpoint, path)
+    keep = partial(runs.is_still_true, iteration, settings.log_every, False)
+    log = RunLog(settings.output_folder, describe_run(vars(settings), list(dataset.label_map), precision), keep)
+    stopwatch = Stopwatch()
+    with Interruption() as interruption:
+        for batch in batches_of(settings, dataset, device, iteration):
+            stopwatch.stop_waiting()
+            loss = step_torchvision(model, optimizer, batch, train.learning_rate(iteration, settings), settings)
+            iteration += 1
+            log_now = runs.is_due(iteration, settings.log_every, settings.iterations)
+            save_now = runs.is_due(iteration, settings.checkpoint_every, settings.iterations) or interruption.requested
+            if (log_now or save_now) and not loss.isfinite():
+                raise DivergenceError(f"torchvision's loss at iteration {iteration} is not finite")
+            if log_now:
+                figures = stopwatch.figures(settings.batch_size)
+                log.append({"event": "train", "iteration": iteration, "loss": loss.item(), **figures})
+            if save_now:
+                with atomic_writer(path) as file:
+                    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+                    torch.save(parts, file)
+            if interruption.requested and iteration < settings.iterations:
+                raise InputError(INTERRUPTED)
+            if log_now:
+                stopwatch = Stopwatch()  # saving does not count, as in train.py
+            stopwatch.start_waiting()
+    return model
+
+
+def with_weights_of(theirs, device="cpu"):
+    """Return our network with the weights, the priors and the input of torchvision's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "torchvision.pth")
+        torch.save(theirs.state_dict(), path)
+        model = load_model(path, device, theirs.label_map)
+    model.label_map = theirs.label_map  # 21 classes would be taken for VOC's
     return model
 
 
 def train_ours(settings):
-    """Train our network with train.py; return the network."""
+    """Train our network with train.py, from the checkpoint in the output folder if there is one; return the network."""
+    n_updates = updates_made(settings)
+    if n_updates >= settings.iterations:
+        return load_model(checkpoint_path(settings), find_device())
+    if n_updates:
+        settings.resume = checkpoint_path(settings)
+    elif settings.init_from and rank() == 0:
+        torch.manual_seed(settings.seed)
+        save_weights(settings.init_from, with_weights_of(make_torchvision(train.training_set(settings).label_map)))
+    sum_over_processes(torch.zeros(1))  # wait for rank 0
     model, complete = train.train(settings)
     if not complete:
-        raise InputError("interrupted; the same command restarts this training")
+        raise InputError(INTERRUPTED)
     return model
+
+
+def training_seconds(settings):
+    """Return the duration of all iterations by the log of a training, without starting, compiling and saving."""
+    seconds, iteration = 0.0, 0
+    for record in read_log(settings.output_folder):
+        if record["event"] == "train":
+            seconds += (record["iteration"] - iteration) * settings.batch_size / record["images_per_second"]
+            iteration = record["iteration"]
+    return seconds
 
 
 @torch.inference_mode()
@@ -171,7 +252,7 @@ def detect_by_torchvision(loader, model):
     model.eval()
     detections, ground_truth = ([[], [], []] for _ in range(2))
     for images, *objects in batches_on(find_device(), tqdm(loader, "evaluating", unit="batch", disable=None)):
-        results = model(list(images))
+        results = model(list(images / 255))
         boxes, labels, scores = ([result[key] for result in results] for key in ("boxes", "labels", "scores"))
         boxes = [image_boxes / IMAGE_SIZE for image_boxes in boxes]
         for collected, parts in zip([*detections, *ground_truth], [boxes, labels, scores, *objects], strict=True):
@@ -185,28 +266,36 @@ def detect_by_ours(loader, model):
 
 
 def evaluate(model, detect, settings, n_images):
-    """Return a trained network's mAPs in fp32 on the first `n_images` test images, or on all if None."""
+    """Return a trained network's mAPs in fp32 on the first `n_images` test images, or on all if None.
+
+    COCO's are None if pycocotools is not installed.
+    """
     dataset = PascalVOCDataset(settings.data_folder, "TEST", keep_difficult=True)
     paths = dataset.images[:n_images]
     loader = evaluation_loader(Subset(dataset, range(len(paths))), 32, settings.workers, find_device())
     choose_precision("fp32", find_device())
     detections, ground_truth = detect(loader, model)
     results, _ = score(detections, ground_truth, model.label_map)
-    offsets = dataset.objects.offsets[: len(paths) + 1]
-    parts = {name: getattr(dataset.objects, name)[: offsets[-1]] for name in ("boxes", "labels", "difficulties")}
-    objects = argparse.Namespace(offsets=offsets, **parts)
-    ids = read_coco_ids(settings.data_folder, "TEST", image_names(paths), objects, model.label_map)
-    coco = coco_scores(coco_results(detections, [read_size(path) for path in paths], ids), objects, ids)
+    coco = dict.fromkeys(("AP", "AP50", "AP75"))
+    with suppress(InputError):
+        import_pycocotools()
+        offsets = dataset.objects.offsets[: len(paths) + 1]
+        parts = {name: getattr(dataset.objects, name)[: offsets[-1]] for name in ("boxes", "labels", "difficulties")}
+        objects = argparse.Namespace(offsets=offsets, **parts)
+        ids = read_coco_ids(settings.data_folder, "TEST", image_names(paths), objects, model.label_map)
+        coco = coco_scores(coco_results(detections, [read_size(path) for path in paths], ids), objects, ids)
     return {
         "test_images": len(paths), "mAP_11_point": results["mAP_11_point"], "mAP_area": results["mAP_area"],
         **{f"coco_{name}": coco[name] for name in ("AP", "AP50", "AP75")},
     }  # fmt: skip
 
 
-def prove(system, settings, common):
+def prove(system, settings, n_images):
     """Train and evaluate a system; return the results as plain values by name, or None on all ranks but 0.
 
-    :param common: the result of `conditions`
+    The peak memory is that of the last call that trained; None if all updates were made by an earlier call.
+
+    :param n_images: as for `evaluate`
     """
     gc.collect()  # free the memory of an earlier training
     if torch.cuda.is_available():
@@ -215,20 +304,17 @@ def prove(system, settings, common):
     train_system, detect = (train_ours, detect_by_ours)
     if system.startswith("torchvision"):
         train_system, detect = (train_torchvision, detect_by_torchvision)
-    started = time.perf_counter()
+    measures_memory = torch.cuda.is_available() and updates_made(settings) < settings.iterations
     model = train_system(settings)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - started
-    scores = evaluate(model, detect, settings, common["test_images"])  # all processes share the images
+    peak_memory = torch.cuda.max_memory_allocated() if measures_memory else None
+    scores = evaluate(model, detect, settings, n_images)  # all processes share the images
     if rank() > 0:
         return None
+    seconds = training_seconds(settings)
     return {
         **describe_run(vars(settings), list(model.label_map), choose_precision(settings.precision, find_device())),
-        "event": "proof", "system": system, "seed": settings.seed, "conditions": common,
-        "training_seconds": elapsed, "images_per_second": settings.iterations * settings.batch_size / elapsed,
-        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        **scores,
+        "event": "proof", "system": system, "seed": settings.seed, "training_seconds": seconds,
+        "images_per_second": settings.iterations * settings.batch_size / seconds, "peak_memory": peak_memory, **scores,
     }  # fmt: skip
 
 
@@ -241,21 +327,25 @@ def conditions(settings, arguments):
     }  # fmt: skip
 
 
-def read_runs(folder, expected):
-    """Return the results of the trainings in a folder, as `prove` returns them, by the paths of their files.
+def check_conditions(folder, expected):
+    """Write the conditions of the trainings in a folder, or compare them with those of earlier calls.
 
-    :raises InputError: if the conditions of a training differ from the expected ones; names the file
+    :raises InputError: if they differ
     """
-    runs = {}
-    for name in sorted(os.listdir(folder)):
-        if not re.fullmatch(rf"({'|'.join(SYSTEMS)})(-\d+-processes)?-\d+\.json", name):
-            continue
-        path = os.path.join(folder, name)
-        runs[path] = read_json(path, "remove it")
-        differing = [name for name, value in expected.items() if runs[path]["conditions"].get(name) != value]
-        if differing:
-            raise InputError(f"{path}: differs in {', '.join(differing)}; give another --output-folder")
-    return runs
+    path = os.path.join(folder, "conditions.json")
+    if not os.path.exists(path):
+        write_json({path: expected})
+    earlier = read_json(path, "give another --output-folder")
+    differing = [name for name, value in expected.items() if earlier.get(name) != value]
+    if differing:
+        raise InputError(f"{path}: differs in {', '.join(differing)}; give another --output-folder")
+
+
+def read_runs(folder):
+    """Return the results of the trainings in a folder, as `prove` returns them, by the paths of their files."""
+    pattern = rf"({'|'.join(SYSTEMS)})(-\d+-processes)?-\d+\.json"
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if re.fullmatch(pattern, name)]
+    return {path: read_json(path, "remove it") for path in paths}
 
 
 def compare_losses(settings):
@@ -269,9 +359,7 @@ def compare_losses(settings):
     dataset = train.training_set(settings)
     torch.manual_seed(settings.seed)
     theirs = make_torchvision(dataset.label_map).to(device).train()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(theirs.state_dict(), os.path.join(folder, "torchvision.pth"))
-        ours = load_model(os.path.join(folder, "torchvision.pth"), device, dataset.label_map).train()
+    ours = with_weights_of(theirs, device).train()
     criterion, same_matches = (MultiBoxLoss(ours.priors_cxcy) for _ in range(2))
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     our_optimizer, optimizer = (train.make_optimizer(model, settings) for model in (ours, theirs))
@@ -345,33 +433,34 @@ def summarize(runs):
 
 
 def print_summary(summary):
-    """Print a table of all figures as mean and range over the seeds, and compare each system with ours."""
-    print(f"{'':18}" + "".join(f"{heading:>30}" for heading, _, _ in FIGURES.values()))
+    """Print a table of all figures as mean and range over the seeds, and compare our systems with torchvision's."""
+    print(f"{'':24}" + "".join(f"{heading:>30}" for heading, _, _ in FIGURES.values()))
     for system, figures in summary.items():
         cells = []
         for figure, (_, factor, digits) in FIGURES.items():
             if figure in figures:
                 mean, low, high = (f"{figures[figure][key] * factor:.{digits}f}" for key in ("mean", "low", "high"))
             cells.append(f"{mean} ({low} to {high})" if figure in figures else "-")
-        print(f"{system:18}" + "".join(f"{cell:>30}" for cell in cells))
-    ours = summary.get("ours", {})
-    for system, figures in summary.items():
-        if system != "ours" and "mAP_11_point" in ours and "mAP_11_point" in figures:
-            difference = ours["mAP_11_point"]["mean"] - figures["mAP_11_point"]["mean"]
-            spread = max(each["mAP_11_point"]["high"] - each["mAP_11_point"]["low"] for each in (ours, figures))
-            speed = figures["training_seconds"]["mean"] / ours["training_seconds"]["mean"]
-            print(f"ours against {system}: mAP {difference:+.4f} (range over seeds: {spread:.4f}), "
-                  f"{speed:.2f} times as fast")  # fmt: skip
+        print(f"{system:24}" + "".join(f"{cell:>30}" for cell in cells))
+    scored = {system: figures for system, figures in summary.items() if "mAP_11_point" in figures}
+    theirs = [system for system in scored if system.startswith("torchvision")]
+    for system, other in itertools.product([system for system in scored if system not in theirs], theirs):
+        pair = scored[system], scored[other]
+        our_map, their_map = (figures["mAP_11_point"] for figures in pair)
+        our_seconds, their_seconds = (figures["training_seconds"]["mean"] for figures in pair)
+        spread = max(figure["high"] - figure["low"] for figure in (our_map, their_map))
+        print(f"{system} against {other}: mAP {our_map['mean'] - their_map['mean']:+.4f} (range over seeds: "
+              f"{spread:.4f}), {their_seconds / our_seconds:.2f} times as fast")  # fmt: skip
 
 
 def main():
     """Run the command line."""
     arguments, rest = parse_arguments()
     folder = arguments.output_folder
-    import_pycocotools()
     join_processes()
     try:
-        if n_processes() > 1 and (arguments.compare_losses or any("torchvision" in name for name in arguments.systems)):
+        has_theirs = any(system.startswith("torchvision") for system in arguments.systems)
+        if n_processes() > 1 and (arguments.compare_losses or has_theirs):
             raise InputError("torchvision's network trains in a single process; with torchrun, give --systems ours")
         if rank() == 0:
             make_folder(folder)
@@ -385,6 +474,10 @@ def main():
             name = os.path.join(folder, f"{system}{suffix}-{seed}")
             given = ["--data-folder", folder, "--output-folder", name, "--overwrite", "--seed", str(seed)]
             settings = train.parse_settings([*RECIPE.split(), *rest, *SYSTEMS[system].split(), *given, *more])
+            if settings.init_from:
+                settings.init_from = os.path.join(folder, settings.init_from.format(seed=seed))
+            if settings.precision == "tf32" and find_device().type == "cpu":
+                settings.precision = "fp32"
             choose_precision(settings.precision, find_device())  # raises InputError if the device does not support it
             return settings
 
@@ -397,15 +490,17 @@ def main():
             write_json({path: rows})
             return
         plan = [(system, settings_of(system, seed)) for seed in arguments.seeds for system in arguments.systems]
-        common = conditions(plan[0][1], arguments)
-        done = read_runs(folder, common)
+        if rank() == 0:
+            check_conditions(folder, conditions(plan[0][1], arguments))
+        sum_over_processes(torch.zeros(1))  # wait for rank 0
+        done = read_runs(folder)
         for system, settings in plan:
             path = f"{settings.output_folder}.json"
             if path in done:
                 continue
             if rank() == 0:
-                print(f"\n{system}, seed {settings.seed}", flush=True)
-            result = prove(system + suffix, settings, common)
+                print(f"\n{system}, seed {settings.seed}, from iteration {updates_made(settings)} on", flush=True)
+            result = prove(system + suffix, settings, arguments.test_images)
             if rank() == 0:
                 done[path] = result
                 write_json({path: result})

@@ -22,7 +22,7 @@ from support.files import InputError
 from support.labels import make_label_map
 from support.priors import find_priors, fit_scales
 from support.voc import read_annotation, read_split
-from utils import IMAGENET_MEAN, IMAGENET_STD, cxcy_to_xy, find_jaccard_overlap, jaccard_overlap
+from utils import cxcy_to_xy, find_jaccard_overlap, jaccard_overlap
 
 CLASSES = make_label_map(["bolt", "nut"])
 FAMILIES = [(size, name) for size, families in PRIOR_FAMILIES.items() for name in families]
@@ -43,7 +43,7 @@ def read_splits(root):
 
 def draw_preview(dataset, n, seed=0):
     """Draw the preview with the default priors."""
-    return preview(dataset, n, MultiBoxLoss(create_prior_boxes()), IMAGENET_MEAN, IMAGENET_STD, seed)
+    return preview(dataset, n, MultiBoxLoss(create_prior_boxes()), seed)
 
 
 def xml(*objects, size=(100, 80)):

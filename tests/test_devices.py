@@ -1,7 +1,10 @@
 """Precision, compilation, determinism, and a loss that never waits for the GPU."""
 
+import functools
+import itertools
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from support.devices import (
     gather_over_processes,
     make_deterministic,
     mixed_precision,
+    share_workers,
     sum_over_processes,
 )
 from support.files import InputError
@@ -32,7 +36,7 @@ def test_a_cpu_computes_in_fp32_and_rejects_precisions_it_would_emulate():
     assert choose_precision("auto", CPU) == choose_precision("fp32", CPU) == "fp32"
     assert torch.backends.cudnn.allow_tf32 is False
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
-    for name in ("bf16", "fp16"):
+    for name in ("tf32", "bf16", "fp16"):
         with pytest.raises(InputError, match=f"--precision {name}: needs a GPU"):
             choose_precision(name, CPU)
 
@@ -44,18 +48,38 @@ def test_auto_is_bf16_on_gpus_with_native_support_and_fp32_on_others(monkeypatch
     assert choose_precision("fp16", CUDA) == "fp16"
 
 
+def test_tf32_is_fp32_with_other_convolutions_on_a_gpu():
+    try:
+        assert choose_precision("tf32", CUDA) == "tf32"
+        assert torch.backends.cudnn.allow_tf32 is True
+        with mixed_precision("tf32", CPU):
+            assert not torch.is_autocast_enabled("cpu")
+    finally:
+        choose_precision("fp32", CUDA)
+    assert torch.backends.cudnn.allow_tf32 is False
+
+
 def test_the_core_count_stays_within_its_bounds():
     assert 1 <= count_cores(most=3) <= 3
 
 
+def test_loading_processes_are_counted_per_machine_and_shared_by_its_processes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert (count_cores(), share_workers(5), share_workers(0)) == (16, 5, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun sets it
+    assert (count_cores(), share_workers(5), share_workers(1), share_workers(0)) == (32, 3, 1, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (count_cores(), share_workers(count_cores())) == (64, 8)
+
+
 def test_the_l2_norm_and_the_loss_stay_in_fp32_under_mixed_precision(random_objects):
-    """Stubs replace the slow layers; a conv4_3 value of 300 squares to 9e4, which overflows fp16."""
+    """Stubs replace the slow layers; conv4_3 has values whose norm, 453,000, overflows fp16."""
     seen = {}
 
     class Base(torch.nn.Module):
         def forward(self, images):
             seen["convolution"] = F.conv2d(images, torch.ones(1, 3, 1, 1)).dtype
-            return torch.full((len(images), 512, 38, 38), 300.0, dtype=torch.bfloat16), images
+            return torch.full((len(images), 512, 38, 38), 2e4, dtype=torch.float16), images
 
     class Auxiliary(torch.nn.Module):
         def forward(self, _):
@@ -71,8 +95,8 @@ def test_the_l2_norm_and_the_loss_stay_in_fp32_under_mixed_precision(random_obje
     with mixed_precision("bf16", CPU):
         predictions = model(torch.zeros(2, 3, 4, 4))
     assert seen["convolution"] == torch.bfloat16
-    assert seen["conv4_3"].dtype == torch.float32
-    assert torch.allclose(seen["conv4_3"], torch.tensor(20 / 512**0.5), rtol=1e-5)
+    assert seen["conv4_3"].dtype == torch.float16  # after the norm
+    assert torch.allclose(seen["conv4_3"].float(), torch.tensor(20 / 512**0.5), rtol=1e-3)
     boxes, labels = zip(*(random_objects(np.random.RandomState(i), 3) for i in range(2)), strict=True)
     confidence, localization, n_positives = MultiBoxLoss(model.priors_cxcy).parts(*predictions, boxes, labels)
     assert confidence.dtype == localization.dtype == torch.float32
@@ -82,8 +106,9 @@ def test_the_l2_norm_and_the_loss_stay_in_fp32_under_mixed_precision(random_obje
     assert seen["convolution"] == torch.float32
 
 
-def test_the_loss_never_reads_a_value_from_the_gpu():
+def test_the_loss_never_reads_a_value_from_the_gpu(monkeypatch):
     """Fake tensors have no values: an operation that needs one, and would wait for the GPU, raises."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # fake tensors cannot be pinned
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         int(torch.zeros(1, device="cuda"))
     with FakeTensorMode():
@@ -103,9 +128,9 @@ def test_batches_on_a_cpu_are_the_batches_of_the_loader():
 def test_the_compiled_network_equals_the_eager_one():
     torch.manual_seed(0)
     model = SSD300(2, pretrained=False)
-    network = compile_network(model, (1, 3, 300, 300), "fp32")
+    network = compile_network(model, [(1, 3, 300, 300)], "fp32")
     assert all(parameter.grad is None for parameter in model.parameters())
-    images = torch.randn(1, 3, 300, 300)
+    images = torch.randint(256, (1, 3, 300, 300), dtype=torch.uint8)
     with torch.no_grad():
         for compiled, eager in zip(network(images), model(images), strict=True):
             assert torch.allclose(compiled, eager, atol=1e-3)
@@ -115,9 +140,101 @@ def test_a_failed_compilation_is_a_one_line_error(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no compiler\nand much more")
 
-    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: fail)
     with pytest.raises(InputError, match=r"^--compile: PyTorch cannot compile the network here \(no compiler\)"):
-        compile_network(SSD300(2, pretrained=False), (1, 3, 300, 300), "fp32")
+        compile_network(torch.nn.Linear(1, 1), [(1, 3, 2, 2)], "fp32")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile makes: a list, which grows. They run as they are."""
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    return made
+
+
+class Means(torch.nn.Module):
+    """A stand-in for the network with many weights in several layers, and little to compute."""
+
+    def __init__(self, width=2):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(4)))
+
+    def forward(self, images):
+        return (self.layers(images.float().mean((1, 2, 3)).expand(self.layers[0].in_features, -1).t()),)
+
+
+def test_batches_of_uneven_sizes_are_compiled_beforehand(graphs):
+    network = compile_network(Means(), [(4, 3, 8, 8), (5, 3, 8, 8)], "fp32")
+    assert len(graphs) == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (5, 4, 5):
+            network(torch.ones(n, 3, 8, 8, dtype=torch.uint8))[0].sum().backward()
+        with pytest.raises(RuntimeError):
+            network(torch.ones(3, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_with_several_processes_the_backward_pass_is_divided_so_that_gradients_travel_meanwhile(graphs, monkeypatch):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = Means(width=2600)  # each layer fills a bucket of 25 MB, which is sent as a whole
+        monkeypatch.setattr("support.devices.n_processes", lambda: 2)
+        network = compile_network(torch.nn.parallel.DistributedDataParallel(model), [(1, 3, 8, 8)], "fp32")
+        assert len(graphs) == 4
+        with torch.compiler.set_stance("fail_on_recompile"):
+            network(torch.ones(1, 3, 8, 8, dtype=torch.uint8))[0].sum().backward()
+        assert all(parameter.grad.any() for parameter in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "is_cuda", "compiled"),
+    [
+        (["--iterations", "1001"], True, True),
+        (["--iterations", "1000"], True, False),
+        (["--iterations", "1001"], False, False),
+        (["--iterations", "1001", "--deterministic"], True, False),
+        (["--iterations", "1001", "--no-compile"], True, False),
+        (["--iterations", "9", "--compile"], False, True),
+    ],
+)
+def test_long_runs_on_a_gpu_compile_the_network_unless_told_otherwise(options, is_cuda, compiled, monkeypatch):
+    model, settings = SimpleNamespace(priors_cxcy=SimpleNamespace(is_cuda=is_cuda)), train.parse_settings(options)
+    monkeypatch.setattr(train.devices, "compile_network", lambda network, shapes, precision: (network, shapes))
+    network = train.prepare_network(settings, model, "bf16")
+    assert network == ((model, [(32, 3, 300, 300)]) if compiled else model)
+    assert settings.compile is compiled
+
+
+def test_a_failed_compilation_is_a_warning_unless_it_was_asked_for(monkeypatch, capsys):
+    def fail(*_):
+        raise InputError("--compile: PyTorch cannot compile the network here (no compiler); use --no-compile")
+
+    monkeypatch.setattr(train.devices, "compile_network", fail)
+    model = SimpleNamespace(priors_cxcy=SimpleNamespace(is_cuda=True))
+    settings = train.parse_settings([])
+    assert train.prepare_network(settings, model, "bf16") is model
+    assert settings.compile is False
+    assert "no compiler); use --no-compile, as this run does" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no compiler"):
+        train.prepare_network(train.parse_settings(["--compile"]), model, "bf16")
+
+
+def test_the_shapes_to_compile_for_are_those_of_the_parts_of_each_process_s_share(monkeypatch):
+    for n_images, n_processes, accumulate in itertools.product((5, 8, 9), (1, 2, 3), (1, 2, 4)):
+        monkeypatch.setattr(train.devices, "n_processes", lambda n=n_processes: n)
+        settings = SimpleNamespace(batch_size=n_images, accumulate=accumulate)
+        for process in range(n_processes):
+            share = torch.arange(n_images)[process::n_processes]
+            parts = share.tensor_split(min(accumulate, len(share)))  # as in train_step
+            assert train.images_at_once(settings, process) == sorted({len(part) for part in parts})
 
 
 def test_deterministic_mode_rejects_nondeterministic_algorithms(monkeypatch):
@@ -185,7 +302,8 @@ def test_the_loss_never_synchronises_with_a_gpu(model, random_objects):
 def test_a_fast_step_on_a_gpu_agrees_with_eager_fp32(precision, compiled, random_objects):
     """Losses agree within 2%, gradients within 10% of their norm: bf16 has 8 bits, and errors add up over 20 layers."""
     boxes, labels = zip(*(random_objects(np.random.RandomState(i), 3) for i in range(4)), strict=True)
-    images = torch.randn(4, 3, 300, 300, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4, 3, 300, 300), dtype=torch.uint8, generator=generator).to(CUDA)
     results = []
     for name, fast in (("fp32", False), (precision, True)):
         choose_precision(name, CUDA)
@@ -194,7 +312,7 @@ def test_a_fast_step_on_a_gpu_agrees_with_eager_fp32(precision, compiled, random
         network = model
         if fast:
             model.to(memory_format=torch.channels_last)
-            network = compile_network(model, (4, 3, 300, 300), precision) if compiled else model
+            network = compile_network(model, [images.shape], precision) if compiled else model
         optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], lr=0, fused=True)
         scaler = torch.amp.GradScaler("cuda", enabled=name == "fp16", init_scale=64.0)
         criterion = MultiBoxLoss(model.priors_cxcy)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from model import SSD300, VGGBase
 from support.files import InputError
-from utils import decimate
+from utils import IMAGENET_MEAN, IMAGENET_STD, decimate
 
 
 def test_there_are_8732_priors_and_one_cell_of_each_map_matches_a_hand_computation(model):
@@ -72,6 +72,17 @@ def test_an_image_gets_the_same_predictions_alone_and_in_a_batch(training):
     assert torch.allclose(scores[1:], alone[1], atol=1e-4)
     assert locs.std() > 1e-3  # activations of an untrained network neither vanish nor explode
     assert locs.abs().max() < 1e3
+
+
+@pytest.mark.parametrize("pixel_mean", [None, (123.0, 117.0, 104.0)])
+def test_bytes_give_the_predictions_of_the_normalised_image(pixel_mean):
+    torch.manual_seed(0)
+    model = SSD300(3, pretrained=False, pixel_mean=pixel_mean).eval()
+    images = torch.randint(256, (1, 3, 300, 300), dtype=torch.uint8)
+    mean, std = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        for ours, expected in zip(model(images), model((images - mean) / std), strict=True):
+            assert torch.equal(ours, expected) if pixel_mean is None else torch.allclose(ours, expected, atol=1e-3)
 
 
 def test_a_black_image_gives_finite_gradients():

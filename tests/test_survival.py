@@ -149,6 +149,25 @@ def test_a_second_interrupt_raises_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_processes_on_gpus_agree_on_an_interruption_at_every_tenth_iteration(monkeypatch):
+    """A single process, and processes on a CPU, look at every iteration."""
+    agreements = []
+    monkeypatch.setattr("support.devices.any_process", lambda flag: agreements.append(flag) or flag)
+    with Interruption() as interruption:
+        interruption.requested = True
+        for n_processes, device, expected in (
+            (2, "cuda", [10, 20]),
+            (1, "cuda", range(1, 21)),
+            (2, "cpu", range(1, 21)),
+        ):
+            monkeypatch.setattr("support.devices.n_processes", lambda n=n_processes: n)
+            monkeypatch.setattr("support.devices.find_device", lambda name=device: torch.device(name))
+            agreements.clear()
+            assert [i for i in range(1, 21) if interruption.agreed(i)] == list(expected)
+            assert len(agreements) == len(expected)
+            assert interruption.agreed()  # during a validation
+
+
 CPU = torch.device("cpu")
 
 
@@ -218,6 +237,14 @@ def test_a_resumed_run_keeps_its_own_priors_without_their_file_but_not_with_a_ch
     assert torch.equal(resume(tmp_path).model.priors_cxcy, started.model.priors_cxcy)
 
 
+def test_a_resumed_run_is_compiled_as_it_was_unless_told_otherwise(run, tmp_path):
+    for is_compiled in (True, False):
+        run.settings.compile = is_compiled
+        run.save()
+        assert resume(tmp_path).settings.compile is is_compiled
+    assert resume(tmp_path, "--compile").settings.compile is True
+
+
 def test_an_update_that_fp16_skips_leaves_the_weights_unchanged(run):
     run.settings.precision = "fp16"
     optimizer, scaler = train.make_optimizer(run.model, run.settings), torch.amp.GradScaler("cpu")
@@ -241,9 +268,9 @@ from support.files import run_command
 
 detect_all = train.detect_all
 
-def interrupt(*arguments):
+def interrupt(*arguments, **options):
     os.kill(os.getpid(), signal.SIGTERM)
-    return detect_all(*arguments)
+    return detect_all(*arguments, **options)
 
 train.detect_all = interrupt
 sys.argv = sys.argv[1:]
