@@ -27,7 +27,7 @@ from support.leaks import draw_near_copies
 from support.lists import write_data_lists
 from support.priors import default_family, find_priors, print_advice
 from support.sample import SAMPLE_LABELS, make_sample
-from support.sources import coco_ids, leave_out_crowds, leave_out_objects, read_sources
+from support.sources import coco_ids, leave_out_crowds, leave_out_objects, print_ignored, read_sources
 from utils import jaccard_overlap
 
 N_NEAR_COPIES = 12  # pairs in leaks.jpg
@@ -82,7 +82,7 @@ def parse_arguments(arguments=None):
     if (settings.split is not None or settings.test) and not settings.train:
         raise InputError("--test and --split need --train")
     if settings.train and bool(settings.test) == (settings.split is not None):
-        raise InputError("--train needs either --test SOURCE or --split SHARE")
+        raise InputError("--train needs either --test SOURCE or --split SHARE, not both")
     if settings.unannotated and settings.split is not None:
         raise InputError("--unannotated needs --test, not --split, whose images are annotated")
     if settings.split is not None and not 0 < settings.split < 1:
@@ -145,23 +145,23 @@ def read_splits(settings, classes):
     :param classes: names of the classes to read, others are ignored; None for all
     """
     common = {"zero_based": settings.zero_based, "classes": classes}
-    if settings.split is not None:
-        annotations = each_image_once(read_sources(settings.train, **common))
-        train, test = split_at_random(annotations, settings.split, settings.seed, f"--split {settings.split}")
-    else:
-        train, test = read_sources(settings.train, "TRAIN", **common), read_sources(settings.test, "TEST", **common)
-    splits = {"TRAIN": train, "TEST": test}
+    share, split, test = settings.validation_share, settings.split, []
+    train = read_sources(settings.train, "TRAIN" if split is None else None, **common)
+    if split is None:
+        test = read_sources(settings.test, "TEST", **common)
+    validation = read_sources(settings.validation, "VAL", **common) if settings.validation and share is None else []
 
-    share = settings.validation_share
+    # Hold out the images of --validation SOURCE first, then divide the others, and take a share of them last.
+    if validation:
+        n_before, train = len(train), hold_out(train, validation, test)
+        if len(train) < n_before:
+            print(f"TRAIN: {n_before - len(train)} images left out, because they are in VAL")
+    if split is not None:
+        train, test = split_at_random(each_image_once(train), split, settings.seed, f"--split {split}")
     if share is not None:
         validation, _ = split_at_random(each_image_once(train), share, settings.seed, f"--validation {share}")
-    elif settings.validation:
-        validation = read_sources(settings.validation, "VAL", **common)
-    if settings.validation:
-        remaining = hold_out(train, validation, test)
-        splits = {"TRAIN": remaining, "VAL": validation, "TEST": test}
-        if share is None and len(remaining) < len(train):
-            print(f"TRAIN: {len(train) - len(remaining)} images left out, because they are in VAL")
+        train = hold_out(train, validation, test)
+    splits = {"TRAIN": train, "VAL": validation, "TEST": test} if validation else {"TRAIN": train, "TEST": test}
 
     leave_out_crowds(splits)
     if settings.unannotated:
@@ -171,8 +171,7 @@ def read_splits(settings, classes):
 
 def collect_labels(splits):
     """Return the label map of all class names in the annotations, sorted."""
-    annotations = [annotation for part in splits.values() for annotation in part]
-    names = {part.name for annotation in annotations for part in annotation.objects}
+    names = {item.name for annotations in splits.values() for annotation in annotations for item in annotation.objects}
     if not names:
         raise InputError("--labels auto: the annotations have no objects; give --labels FILE")
     return make_label_map(sorted(names))
@@ -188,15 +187,16 @@ def make_lists(settings):
         classes = read_labels(settings.labels) if settings.labels else (coco_label_map if settings.coco else label_map)
         known = set(classes) - {"background"} if settings.ignore_unknown else None
         splits = read_splits(settings, known)
+    print_ignored(splits)
 
     # Check them, and compare the objects with the priors.
     odd_images, near_copies = check_images(splits) if settings.check else ({}, [])
+    dropped = drop_invalid(splits) if settings.drop_invalid else []
     criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
     threshold = criterion.threshold
     priors = as_arrays(criterion.priors_cxcy, settings.size)
     breaking, odd, objects = check(splits, classes, priors, jaccard_overlap, threshold)
-    print_problems(breaking, odd_images | odd, settings.drop_invalid)
-    dropped = drop_invalid(splits) if settings.drop_invalid else []
+    print_problems(breaking, odd_images | odd, dropped)
 
     # Write the lists.
     lists = label_objects(splits, classes)

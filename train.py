@@ -194,11 +194,11 @@ def training_set(settings):
 
 
 def validation_set(settings):
-    """Return the images to validate on: the VAL split if it exists, else TEST; None without validation."""
+    """Return the images to validate on, of VAL if it exists, else of TEST; None without validation or any object."""
     split = "VAL" if has_split(settings.data_folder, "VAL") else "TEST"
-    if settings.validate_every == 0 or (settings.validate_every is None and not has_split(settings.data_folder, split)):
-        return None
-    return PascalVOCDataset(settings.data_folder, split, keep_difficult=True, size=settings.size)
+    is_wanted = has_split(settings.data_folder, split) if settings.validate_every is None else settings.validate_every
+    dataset = is_wanted and PascalVOCDataset(settings.data_folder, split, keep_difficult=True, size=settings.size)
+    return dataset if dataset and len(dataset.objects.labels) else None
 
 
 def chosen_priors(settings):

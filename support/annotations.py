@@ -57,6 +57,7 @@ class Annotation:
     objects: list = field(default_factory=list)  # the valid ones, Object
     problems: list = field(default_factory=list)  # (kind, line that names file and object and says what to do)
     n_below: int = 0  # boxes that begin below the first pixel
+    ignored: list = field(default_factory=list)  # names of the classes of objects that are not read
 
     def add(self, number, name, box, difficult=0, area=None):
         """Add an object or, if it is not valid, a problem.

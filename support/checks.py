@@ -190,15 +190,12 @@ def best_prior_overlaps(boxes, priors, jaccard_overlap):
     return best
 
 
-def print_problems(breaking, odd, drops=False):
-    """Print what `check` returns: each problem with its count and its first lines.
-
-    :param drops: whether what makes training impossible is left out, as by --drop-invalid
-    """
-    for title, problems in (
-        (DROPPED if drops else REFUSED, breaking),
-        ("Worth a look:", odd),
-    ):
+def print_problems(breaking, odd, dropped=()):
+    """Print what `check` returns and `annotations.drop_invalid` left out: each problem, its count, its first lines."""
+    left_out = defaultdict(list)
+    for kind, line in dropped:
+        left_out[kind].append(line)
+    for title, problems in ((DROPPED, left_out), (REFUSED, breaking), ("Worth a look:", odd)):
         if problems:
             print(title)
         for problem, lines in problems.items():

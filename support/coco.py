@@ -54,6 +54,7 @@ def read_file(path, image_folder=None, classes=None):
         annotation = annotations.get(image_id) if type(image_id) is int else None
         name = names.get(category_id) if type(category_id) is int else None
         if classes is not None and name and name not in classes:
+            (annotation or first).ignored.append(name)
             continue
         if annotation is None:
             problem = f"has unknown image_id {image_id!r:.99}; correct or remove it"

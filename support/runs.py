@@ -175,7 +175,7 @@ def announce(description, dataset, held_out):
     if settings["sample"] and settings["no_augmentation"]:
         print("these few images are only learnt by heart, which shows without a GPU that everything works")
     elif held_out is None:
-        print("no validation; --validate-every N turns it on")
+        print("no validation: --validate-every N turns it on, and there must be objects to validate on")
     else:
         print(f"validation every {settings['validate_every']} iterations and at the end, on the {len(held_out)} images "
               f"of the {held_out.split} split")  # fmt: skip

@@ -4,6 +4,7 @@ annotations = read_sources(["VOCdevkit/VOC2007:trainval", "mine/data.yaml"], "TR
 """
 
 import os
+from collections import Counter
 
 from support import coco, voc, yolo
 from support.annotations import UNREADABLE_IMAGE
@@ -48,6 +49,15 @@ def _parse_source(source):
     """Return (path, what follows the last colon, or None); the path may contain colons itself."""
     path, _, part = source.rpartition(":")
     return (path, part) if path and part and not os.path.exists(source) else (source, None)
+
+
+def print_ignored(splits):
+    """Print how many objects are not read because of their class."""
+    annotations = [annotation for part in splits.values() for annotation in part]
+    counts = Counter(name for annotation in annotations for name in annotation.ignored)
+    if counts:
+        names = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+        print(f"{counts.total()} objects of other classes left out: {names:.999}")
 
 
 def leave_out_crowds(splits):

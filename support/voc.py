@@ -45,6 +45,7 @@ def read_annotation(annotation_path, zero_based=False, classes=None, image=""):
     for number, element in enumerate(root.findall("object"), start=1):
         name = sys.intern(" ".join((element.findtext("name") or "").split()))
         if classes is not None and name and name not in classes:
+            annotation.ignored.append(name)
             continue
         difficult = (element.findtext("difficult") or "0").strip()
         texts = {corner: element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")}

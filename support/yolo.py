@@ -119,6 +119,8 @@ def _read_annotation(image, names, classes, has_keypoints):
                 annotation.report(NO_CLASS, number, index[:99], "has no name in the yaml; correct it or add the name")
             elif classes is None or name in classes:
                 annotation.add(number, name, _read_box(words[:4] if has_keypoints else words, annotation.size))
+            else:
+                annotation.ignored.append(name)
         except ValueError:
             problem = f"is {line.strip()!r:.99}; expected class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... of a polygon"
             annotation.report(NO_BOX, number, index[:99], problem)

@@ -367,7 +367,7 @@ def test_a_line_of_a_split_without_an_image_is_refused(line, folder):
     ("arguments", "message"),
     [
         ([], "give one of --train"),
-        (["--train", "a"], "needs either --test SOURCE or --split"),
+        (["--train", "a"], "needs either --test SOURCE or --split SHARE, not both"),
         (["--train", "a", "--test", "b", "--split", "0.5"], "needs either --test SOURCE or --split"),
         (["--train", ".", "--split", "1.5"], "between 0 and 1"),
         (["--voc07", "a", "--split", "0.5"], "--test and --split need --train"),

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_all_formats_make_the_same_lists(kind, sources, tmp_path):
     assert (tmp_path / kind / "TEST_coco.json").exists() == (kind == "COCO")
 
 
-def test_formats_can_be_mixed_divided_and_restricted_to_some_classes(sources, tmp_path):
+def test_formats_can_be_mixed_divided_and_restricted_to_some_classes(sources, tmp_path, capsys):
     mixed = [sources[kind]["train"] for kind in ("COCO", "YOLO", "VOC")]
     data = prepare(*options(mixed, [sources["VOC"]["test"]], tmp_path / "mixed"))
     assert len(data["TRAIN"]) == 12
@@ -100,6 +101,13 @@ def test_formats_can_be_mixed_divided_and_restricted_to_some_classes(sources, tm
     names = sorted(data["TRAIN"].label_map, key=data["TRAIN"].label_map.get)[1:]
     labels = tmp_path / "labels"
     labels.write_text("\n".join(names[:2]))
+    parts = {
+        kind: [part for split in splits for annotation in read_sources([own[split]]) for part in annotation.objects]
+        for kind, own, splits in (
+            ("COCO", sources["COCO"], ["train"]),
+            ("YOLO", sources["YOLO"], ["train", "val", "test"]),
+        )
+    }
     for kind in ("COCO", "YOLO"):
         source = sources[kind]["train"].partition(":")[0] if kind == "YOLO" else sources[kind]["train"]
         folder = tmp_path / kind
@@ -109,6 +117,11 @@ def test_formats_can_be_mixed_divided_and_restricted_to_some_classes(sources, tm
         assert len(halves["TRAIN"]) + len(halves["TEST"]) == n_images
         assert len(halves["TRAIN"]) == round(n_images / 2)
         assert halves["TRAIN"].label_map == {"background": 0, names[0]: 1, names[1]: 2}
+        printed = capsys.readouterr().out
+        counts = {name: sum(part.name == name for part in parts[kind]) for name in names[2:]}
+        shown = re.search(r"(\d+) objects of other classes left out: (.*)", printed)
+        assert int(shown[1]) == sum(counts.values())
+        assert set(shown[2].split(", ")) == {f"{name} ({count})" for name, count in counts.items() if count}
 
 
 @pytest.mark.parametrize("kind", ["VOC", "COCO", "YOLO"])
@@ -243,6 +256,29 @@ def test_an_object_of_no_image_is_reported_even_if_the_first_image_is_held_out(t
     test.write_text(first.read_text().replace("a.png", "c.png"))
     with pytest.raises(InputError, match="has unknown image_id 99"):
         prepare(*options([train], [test], tmp_path / "lists", "--validation", first))
+
+
+def test_what_is_dropped_has_no_part_in_the_share_without_priors(tmp_path, capsys):
+    thin = {"bbox": [1, 2, 0.5, 20]}
+    source = make_coco(tmp_path, [GOOD | {"bbox": [5, 5, 25, 20]}, GOOD | thin | {"image_id": 2}])
+    arguments = options([source], [source], tmp_path / "lists", "--check", "--drop-invalid")
+    prepare(*arguments)
+    assert "TRAIN: 50.0% of objects overlap no prior" in capsys.readouterr().out
+    (tmp_path / "b.png").write_bytes(b"no image")
+    prepare(*arguments)
+    printed = capsys.readouterr().out
+    assert "TRAIN: 0.0% of objects overlap no prior" in printed
+    assert "image that cannot be read: 1" in printed
+
+
+def test_images_to_validate_on_are_held_out_before_the_others_are_divided(sources, tmp_path):
+    own = sources["VOC"]
+    root = own["train"].rpartition(":")[0]
+    data = prepare("--train", root, "--split", 0.5, "--validation", own["val"], "--labels", "auto",
+                   "--output-folder", tmp_path / "lists")  # fmt: skip
+    names = {split: {os.path.basename(path) for path in part.images} for split, part in data.items()}
+    assert {split: len(part) for split, part in names.items()} == {"TRAIN": 4, "VAL": 2, "TEST": 3}
+    assert len(names["TRAIN"] | names["VAL"] | names["TEST"]) == 9
 
 
 def test_a_folder_with_a_data_yaml_is_a_source_of_yolos(sources):
