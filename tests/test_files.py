@@ -99,9 +99,10 @@ def test_files_to_write_must_be_writable_and_different_from_each_other_and_from_
 
 # Run a script whose loading processes read the first image and stop at each other one, until they are ended.
 STUCK = """
-import os, runpy, sys
+import os, runpy, signal, sys
 from PIL import Image
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background of a shell
 open_image, opened = Image.open, []
 
 def stop_at_second(path):
