@@ -33,6 +33,7 @@ from support.devices import (
     n_processes,
     name_hardware,
     rank,
+    share_workers,
     sum_over_processes,
 )
 from support.files import CommandParser, InputError, check_outputs, run_command, write_json
@@ -84,7 +85,7 @@ def parse_arguments(arguments=None):
     add("--split", type=str.upper, choices=SPLITS, default="TEST", help="lists to score on [%(default)s]")
     add("--batch-size", type=int, default=32, help="images per batch [%(default)s]")
     add("--workers", type=int, default=count_cores(),
-        help="processes that load images, 0 for none [number of cores, at most 16]")  # fmt: skip
+        help="processes per machine that load images, 0 for none [number of cores, at most 16 per process]")  # fmt: skip
     add("--precision", choices=["auto", *PRECISIONS], default="fp32",
         help="of the network's arithmetic; auto: bf16 on a GPU that supports it [%(default)s]")  # fmt: skip
     add("--protocol", choices=PROTOCOLS, default="exact", help="system whose rules choose detections [%(default)s]")
@@ -130,11 +131,10 @@ def parse_arguments(arguments=None):
 
 def evaluation_loader(dataset, batch_size, workers, device):
     """Return a DataLoader of a data set in its order, or of this process's share: of n processes every n-th batch."""
-    starts = range(0, len(dataset), batch_size)
-    batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
+    batches = [part.tolist() for part in torch.arange(len(dataset)).split(batch_size)]
     return DataLoader(
-        dataset, batch_sampler=batches[rank() :: n_processes()], collate_fn=collate_fn, num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+        dataset, batch_sampler=batches[rank() :: n_processes()], collate_fn=collate_fn, pin_memory=device.type == "cuda",
+        num_workers=share_workers(workers), worker_init_fn=ignore_signals,
     )  # fmt: skip
 
 

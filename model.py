@@ -295,7 +295,7 @@ class SSD300(nn.Module):
         """Set what the base takes: RGB of 0-255 minus this mean, or ImageNet-normalised images if it is None."""
         self.pixel_mean = pixel_mean
         mean, std = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        own_mean = mean if pixel_mean is None else torch.tensor(pixel_mean)[:, None, None]
+        own_mean = mean if pixel_mean is None else torch.tensor(pixel_mean).view(3, 1, 1)
         own_std = std if pixel_mean is None else torch.ones(3, 1, 1)
         # The base gets (bytes - byte_mean) / byte_std or, with a pixel_mean, floats * input_scale + input_shift.
         buffers = {"byte_mean": own_mean, "byte_std": own_std, "input_scale": std, "input_shift": mean - own_mean}
@@ -519,7 +519,7 @@ class MultiBoxLoss(nn.Module):
         :param true_boxes, true_labels: each prior's target, as from `match`
         """
         priors = self.priors_cxcy
-        if not predicted_scores.is_cuda:
+        if not predicted_scores.is_cuda:  # leave out the priors that do not count
             image, used = torch.arange(len(true_labels))[:, None], self.find_used(predicted_scores, true_labels)
             predicted_locs, predicted_scores, true_boxes, true_labels = (
                 values[image, used] for values in (predicted_locs, predicted_scores, true_boxes, true_labels)

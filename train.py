@@ -95,8 +95,7 @@ def make_parser():
     add("--precision", choices=["auto", *devices.PRECISIONS], default="auto",
         help="of the network's arithmetic; auto: bf16 on a GPU with native support, else fp32")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile the network first, which takes a minute and a C++ compiler "
-             f"[on a GPU, if the run has more than {COMPILE_ABOVE} iterations and is not --deterministic]")  # fmt: skip
+        help=f"compile the network first [on a GPU, if the run has more than {COMPILE_ABOVE} iterations]")  # fmt: skip
     add("--accumulate", type=int, default=1, metavar="N",
         help="take the batch through the network in N parts: less memory, same gradient [%(default)s]")  # fmt: skip
 
@@ -327,6 +326,8 @@ def prepare_network(settings, model, precision):
         settings.compile = is_long and model.priors_cxcy.is_cuda and not settings.deterministic
     if not settings.compile:
         return network
+    if devices.rank() == 0:
+        print("compiling the network, which takes about a minute", flush=True)
     shapes = [(n, 3, settings.size, settings.size) for n in images_at_once(settings, devices.rank())]
     try:
         return devices.compile_network(network, shapes, precision)
@@ -334,7 +335,8 @@ def prepare_network(settings, model, precision):
         if not is_automatic:
             raise
         settings.compile = False
-        runlog.warn(f"{error}, as this run does")
+        if devices.rank() == 0:
+            runlog.warn(f"{error}, as this run does")
         return network
 
 
@@ -535,9 +537,7 @@ def prepare_output(settings, dataset, held_out, model, precision, progress, vali
             size = settings.batch_size
             runlog.warn(f"--lr {LEARNING_RATE} is made for batches of 32; give --lr {LEARNING_RATE * size / 32:.1g} "
                         f"for batches of {size}, or --batch-size 32 --accumulate {32 // size}")  # fmt: skip
-    keep = None
-    if settings.resume:
-        keep = partial(runs.is_still_true, progress["iteration"], settings.log_every, validates_first)
+    keep = settings.resume and partial(runs.is_still_true, progress["iteration"], settings.log_every, validates_first)
     log = runlog.RunLog(settings.output_folder, description, keep, settings.tensorboard, progress["iteration"])
     runs.take_in_validations(progress, log.kept)
     log.draw_curves()

@@ -306,7 +306,7 @@ def time_step(n_images, mode, device, matrix_rate):
     torch.backends.cudnn.benchmark = mode.benchmark
     torch.use_deterministic_algorithms(mode.deterministic)
     try:
-        network = compile_network(model, images.shape, mode.precision) if mode.compiled else model
+        network = compile_network(model, [images.shape], mode.precision) if mode.compiled else model
         batch = images, boxes, labels, None
         step = gpu_seconds(functools.partial(
             train.train_step, network, criterion, optimizer, scaler, batch, 1e-5, mode.precision, GRAD_CLIP

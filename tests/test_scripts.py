@@ -548,7 +548,8 @@ def test_detect_maps_boxes_to_pixels():
     detections = find_objects(image, oracle, 0.2, 0.5, 200)
     assert detections == [("cat", pytest.approx(0.9), [50, 50, 150, 100]), ("dog", pytest.approx(0.8), [0, 0, 100, 50])]
     no_objects = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
-    assert torch.equal(oracle.images[0], transform(image, *no_objects, "TEST", as_bytes=True)[0])  # the same
+    expected = transform(image, *no_objects, "TEST", as_bytes=True)[0]
+    assert torch.equal(oracle.images[0], expected)  # the same preprocessing
     before = image.tobytes()
     picture = detect(image, 0.2, 0.5, 200, model=oracle)
     assert (picture.mode, picture.size) == ("RGB", (200, 100))
