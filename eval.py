@@ -85,7 +85,7 @@ def parse_arguments(arguments=None):
     add("--split", type=str.upper, choices=SPLITS, default="TEST", help="lists to score on [%(default)s]")
     add("--batch-size", type=int, default=32, help="images per batch [%(default)s]")
     add("--workers", type=int, default=count_cores(),
-        help="processes per machine that load images, 0 for none [number of cores, at most 16 per process]")  # fmt: skip
+        help="processes per machine that load images, 0 for none [number of cores, at most 16 per GPU]")  # fmt: skip
     add("--precision", choices=["auto", *PRECISIONS], default="fp32",
         help="of the network's arithmetic; auto: bf16 on a GPU that supports it [%(default)s]")  # fmt: skip
     add("--protocol", choices=PROTOCOLS, default="exact", help="system whose rules choose detections [%(default)s]")
@@ -133,8 +133,8 @@ def evaluation_loader(dataset, batch_size, workers, device):
     """Return a DataLoader of a data set in its order, or of this process's share: of n processes every n-th batch."""
     batches = [part.tolist() for part in torch.arange(len(dataset)).split(batch_size)]
     return DataLoader(
-        dataset, batch_sampler=batches[rank() :: n_processes()], collate_fn=collate_fn, pin_memory=device.type == "cuda",
-        num_workers=share_workers(workers), worker_init_fn=ignore_signals,
+        dataset, batch_sampler=batches[rank() :: n_processes()], collate_fn=collate_fn, worker_init_fn=ignore_signals,
+        num_workers=share_workers(workers), pin_memory=device.type == "cuda",
     )  # fmt: skip
 
 
