@@ -525,20 +525,20 @@ class MultiBoxLoss(nn.Module):
                 values[image, used] for values in (predicted_locs, predicted_scores, true_boxes, true_labels)
             )
             priors = priors[used]
-        positive = true_labels > 0  # (N, P)
+        positive, background = true_labels > 0, true_labels == 0  # (N, P)
 
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), priors)
         localization = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction="none").sum(dim=2)
-        localization = (localization * positive).sum()
+        localization = localization.masked_fill(background, 0).sum()  # not a product: infinity times 0 is NaN
 
         # Compare the classes of the positives and, in each image, of the negatives with the highest loss.
         confidence = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_labels.flatten(), reduction="none")
         confidence = confidence.view_as(positive)
         negatives = confidence.masked_fill(positive, 0).sort(dim=1, descending=True).values
         position = torch.arange(positive.size(1), device=positive.device)
-        is_hard = position < self.neg_pos_ratio * positive.sum(dim=1, keepdim=True)
-        confidence = (confidence * positive).sum() + (negatives * is_hard).sum()
+        is_easy = position >= self.neg_pos_ratio * positive.sum(dim=1, keepdim=True)
+        confidence = confidence.masked_fill(background, 0).sum() + negatives.masked_fill(is_easy, 0).sum()
         return torch.stack([confidence, localization])
 
     @torch.no_grad()

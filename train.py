@@ -52,7 +52,7 @@ SAMPLE_ON_GPU = {
     "data_folder": "data/sample", "no_pretrained": True, "iterations": 4000, "grad_clip": 5.0, "workers": 8,
 }  # fmt: skip
 LEARNING_RATE = 1e-3  # for batches of 32
-COMPILE_ABOVE = 1000  # iterations; a shorter run does not win back the time that compiling takes
+COMPILE_ABOVE = 1000  # iterations; an estimate: a much shorter run does not win back the time that compiling takes
 SMALL_BATCH = 12  # images; a run with this learning rate gets a warning if its batches are not larger
 PICTURE_LIMITS = DETECTION_LIMITS._replace(min_score=0.5)  # without a clutter of weak boxes
 
@@ -128,8 +128,8 @@ def parse_settings(arguments=None):
     if given.sample:
         parser.set_defaults(**(SAMPLE_ON_GPU if torch.cuda.is_available() else SAMPLE_ON_CPU))
     if given.resume:
-        earlier = read_checkpoint(given.resume)["settings"]
-        parser.set_defaults(**{name: earlier[name] for name in vars(given) if name in earlier})
+        earlier = read_checkpoint(given.resume)["settings"]  # its workers describe a machine, not the run
+        parser.set_defaults(**{name: earlier[name] for name in vars(given).keys() & earlier.keys() - {"workers"}})
     settings = parser.parse_args(arguments)
     settings.output_folder = settings.output_folder or runs.run_folder(settings.data_folder)
     check_settings(settings)
@@ -317,27 +317,27 @@ def images_at_once(settings, process=0):
 
 def prepare_network(settings, model, precision):
     """Return the model, distributed over the processes and compiled as the settings say, which this may complete."""
-    network, is_automatic = model, settings.compile is None
+    network = model
     if devices.n_processes() > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        network.broadcast_buffers = False  # they never change
-    if is_automatic:
+        network.broadcast_buffers = False  # they never change; as an argument, PyTorch calls it deprecated
+    if settings.compile is None:
         is_long = settings.iterations > COMPILE_ABOVE
         settings.compile = is_long and model.priors_cxcy.is_cuda and not settings.deterministic
     if not settings.compile:
         return network
     if devices.rank() == 0:
-        print("compiling the network, which takes about a minute", flush=True)
+        print("compiling the network, which may take some minutes", flush=True)
     shapes = [(n, 3, settings.size, settings.size) for n in images_at_once(settings, devices.rank())]
     try:
-        return devices.compile_network(network, shapes, precision)
+        compiled, failure = devices.compile_network(network, shapes, precision), None
     except InputError as error:
-        if not is_automatic:
-            raise
-        settings.compile = False
-        if devices.rank() == 0:
-            runlog.warn(f"{error}, as this run does")
-        return network
+        compiled, failure = None, error
+    if not devices.any_process(failure is not None):
+        return compiled
+    if devices.rank() == 0:
+        runlog.warn(f"{failure or 'another process cannot compile the network'}; it is not compiled")
+    return network
 
 
 def train(settings):

@@ -126,8 +126,8 @@ def compile_network(network, shapes, precision):
                 sum(part.sum() for part in compiled(images)).backward()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # most often there is no compiler
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # compilers and their caches raise all kinds of exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--compile: PyTorch cannot compile the network here ({reason}); use --no-compile") from error
     network.zero_grad()
     return compiled

@@ -93,7 +93,7 @@ FIGURES = {  # name in the JSON files: (heading, factor and number of digits in 
 PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum", "--weight-decay", "--warmup",
              "--grad-clip", "--no-augmentation", "--workers", "--checkpoint-every")  # fmt: skip
 OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile", "no_pretrained", "init_from", "priors",
-                "checkpoint_every")  # fmt: skip
+                "checkpoint_every", "workers")  # fmt: skip
 INTERRUPTED = "interrupted and saved; the same command continues this training"
 
 

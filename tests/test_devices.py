@@ -136,9 +136,10 @@ def test_the_compiled_network_equals_the_eager_one():
             assert torch.allclose(compiled, eager, atol=1e-3)
 
 
-def test_a_failed_compilation_is_a_one_line_error(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, PermissionError, OSError])
+def test_a_failed_compilation_is_a_one_line_error(error, monkeypatch):
     def fail(*_, **__):
-        raise RuntimeError("no compiler\nand much more")
+        raise error("no compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: fail)
     with pytest.raises(InputError, match=r"^--compile: PyTorch cannot compile the network here \(no compiler\)"):
@@ -213,18 +214,21 @@ def test_long_runs_on_a_gpu_compile_the_network_unless_told_otherwise(options, i
     assert settings.compile is compiled
 
 
-def test_a_failed_compilation_is_a_warning_unless_it_was_asked_for(monkeypatch, capsys):
-    def fail(*_):
-        raise InputError("--compile: PyTorch cannot compile the network here (no compiler); use --no-compile")
+@pytest.mark.parametrize("fails", ["here", "elsewhere"])
+def test_a_failed_compilation_is_a_warning_and_the_same_for_all_processes(fails, monkeypatch, capsys):
+    def compile_network(*_):
+        if fails == "here":
+            raise InputError("--compile: PyTorch cannot compile the network here (no compiler); use --no-compile")
 
-    monkeypatch.setattr(train.devices, "compile_network", fail)
+    monkeypatch.setattr(train.devices, "compile_network", compile_network)
+    monkeypatch.setattr(train.devices, "any_process", lambda flag: flag or fails == "elsewhere")
     model = SimpleNamespace(priors_cxcy=SimpleNamespace(is_cuda=True))
-    settings = train.parse_settings([])
-    assert train.prepare_network(settings, model, "bf16") is model
-    assert settings.compile is False
-    assert "no compiler); use --no-compile, as this run does" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no compiler"):
-        train.prepare_network(train.parse_settings(["--compile"]), model, "bf16")
+    for options in ([], ["--compile"]):
+        settings = train.parse_settings(options)
+        assert train.prepare_network(settings, model, "bf16") is model
+        assert settings.compile is True  # a resumed run tries again
+        message = "no compiler); use --no-compile" if fails == "here" else "another process cannot compile the network"
+        assert f"{message}; it is not compiled" in capsys.readouterr().err
 
 
 def test_the_shapes_to_compile_for_are_those_of_the_parts_of_each_process_s_share(monkeypatch):

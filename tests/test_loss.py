@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from model import MultiBoxLoss
+from model import MultiBoxLoss, create_prior_boxes
 from utils import cxcy_to_xy
 
 # Twelve priors, cxcy: nine small ones on a grid, three large ones.
@@ -154,3 +154,25 @@ def test_matching_with_all_priors_of_the_network_equals_the_loop_version(model, 
     _, matched = MultiBoxLoss(model.priors_cxcy).match([boxes], [labels])
     _, expected = reference.match(cxcy_to_xy(model.priors_cxcy), boxes, labels)
     assert torch.equal(matched[0], expected)
+
+
+@pytest.mark.parametrize("all_priors", [False, True])
+def test_predictions_that_do_not_count_may_be_infinite(all_priors, random_objects, monkeypatch):
+    """The offsets of a background prior and the class scores of an image without objects have no part in the loss."""
+    rng = np.random.RandomState(0)
+    boxes, labels = random_objects(rng, 3)
+    none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    criterion = MultiBoxLoss(create_prior_boxes())
+    if all_priors:  # as on a GPU
+        everything = torch.arange(len(criterion.priors_cxcy)).expand(2, -1)
+        monkeypatch.setattr(criterion, "find_used", lambda *_: everything)
+    locs = torch.from_numpy(rng.normal(0, 0.1, (2, 8732, 4)).astype(np.float32))
+    scores = torch.from_numpy(rng.normal(0, 1, (2, 8732, 21)).astype(np.float32))
+    arguments = [boxes, none[0]], [labels, none[1]]
+    expected = criterion(locs, scores, *arguments)
+    _, true_labels = criterion.match(*arguments)
+    locs[true_labels == 0] = torch.inf
+    scores[1] = torch.nan
+    locs, scores = locs.requires_grad_(), scores.requires_grad_()
+    loss = criterion(locs, scores, *arguments)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

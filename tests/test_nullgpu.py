@@ -13,7 +13,7 @@ from conftest import ROOT, launch
 
 SOURCES = ROOT / "tests" / "nullgpu"
 # Kernels of a step on 8 images, at most, besides the convolutions' and with PyTorch 2.15. With fp16 values decide.
-KERNELS = {"fp32": 292, "tf32": 292, "bf16": 441, "deterministic": 465}
+KERNELS = {"fp32": 296, "tf32": 296, "bf16": 445, "deterministic": 469}
 TRAINING = [*KERNELS, "fp16"]
 # Shapes of the gradients of the prediction convolutions for 5 classes and background: slices of those of all priors,
 # which cuDNN does not take. They are small.
@@ -76,7 +76,7 @@ def test_convolutions_get_their_input_in_cudnns_layout_and_choose_algorithms_as_
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_training_step_launches_no_more_kernels_than_known(name, observed):
-    assert observed[name]["kernels"] <= KERNELS[name]
+    assert KERNELS[name] / 2 < observed[name]["kernels"] <= KERNELS[name]
 
 
 def test_validation_waits_for_its_losses_only(observed):
