@@ -131,7 +131,7 @@ def parse_arguments(arguments=None):
 
 def evaluation_loader(dataset, batch_size, workers, device):
     """Return a DataLoader of a data set in its order, or of this process's share: of n processes every n-th batch."""
-    batches = [part.tolist() for part in torch.arange(len(dataset)).split(batch_size)]
+    batches = [part.tolist() for part in torch.arange(len(dataset)).split(batch_size) if len(part)]
     return DataLoader(
         dataset, batch_sampler=batches[rank() :: n_processes()], collate_fn=collate_fn, worker_init_fn=ignore_signals,
         num_workers=share_workers(workers), pin_memory=device.type == "cuda",

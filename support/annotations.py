@@ -125,7 +125,7 @@ def drop_invalid(splits):
             if {UNREADABLE, UNREADABLE_IMAGE}.isdisjoint(kind for kind, _ in problems):
                 if problems:
                     size = annotation.size or (math.inf, math.inf)
-                    annotation.objects = [part for part in annotation.objects if not is_outside(part.box, size)]
+                    annotation.objects = [item for item in annotation.objects if not is_outside(item.box, size)]
                     annotation.problems = []
                 remaining.append(annotation)
         if annotations and not remaining:
@@ -151,10 +151,10 @@ def label_objects(splits, label_map):
 
     unknown, first_unknown = Counter(), None
     for annotation in annotations:
-        for part in annotation.objects:
-            if part.name not in label_map:
-                unknown[part.name] += 1
-                first_unknown = first_unknown or f"{annotation.path}: {annotation.unit} {part.number} ({part.name})"
+        for item in annotation.objects:
+            if item.name not in label_map:
+                unknown[item.name] += 1
+                first_unknown = first_unknown or f"{annotation.path}: {annotation.unit} {item.number} ({item.name})"
     if unknown:
         names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common())
         known = ", ".join(name for name in label_map if name != "background")
@@ -171,9 +171,9 @@ def label_objects(splits, label_map):
 def _entry(annotation, label_map):
     """Return an annotation as an entry of the lists."""
     return {
-        "boxes": [part.box for part in annotation.objects],
-        "labels": [label_map[part.name] for part in annotation.objects],
-        "difficulties": [part.difficult for part in annotation.objects],
+        "boxes": [item.box for item in annotation.objects],
+        "labels": [label_map[item.name] for item in annotation.objects],
+        "difficulties": [item.difficult for item in annotation.objects],
     }
 
 

@@ -54,7 +54,7 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
     for split, annotations in splits.items():
         present = set()
         for annotation in annotations:
-            present.update(part.name for part in annotation.objects)
+            present.update(item.name for item in annotation.objects)
             for problem, line in find_problems(annotation):
                 breaking[problem].append(line)
             _check_boxes(annotation, odd)
@@ -134,26 +134,26 @@ def _check_boxes(annotation, odd):
         odd[f"box that begins below {annotation.first_pixel}{hint}"].append(
             f"{path}: {annotation.n_below} of {n_boxes}"
         )
-    for (name, *box), count in Counter((part.name, *part.box) for part in annotation.objects).items():
+    for (name, *box), count in Counter((item.name, *item.box) for item in annotation.objects).items():
         if count > 1:
             odd["duplicate box"].append(f"{path}: {name} {box}, {count} times")
-    for part in annotation.objects if size else ():
-        x_min, y_min, x_max, y_max = part.box
+    for item in annotation.objects if size else ():
+        x_min, y_min, x_max, y_max = item.box
         if (x_max > size[0] or y_max > size[1]) and x_min < size[0] and y_min < size[1]:
-            odd["box that reaches beyond its image"].append(_describe_object(annotation, part))
+            odd["box that reaches beyond its image"].append(_describe_object(annotation, item))
 
 
-def _describe_object(annotation, part):
+def _describe_object(annotation, item):
     width, height = annotation.size
-    return f"{annotation.path}: {annotation.unit} {part.number} ({part.name}), {part.box} of {width:g} x {height:g}"
+    return f"{annotation.path}: {annotation.unit} {item.number} ({item.name}), {item.box} of {width:g} x {height:g}"
 
 
 def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
     """Report small objects; return boxes and highest overlaps of all objects, as `check` does for a split."""
-    pairs = [(annotation, part) for annotation in annotations if annotation.size for part in annotation.objects]
+    pairs = [(annotation, item) for annotation in annotations if annotation.size for item in annotation.objects]
     pixels, sizes = (
         np.array(values, np.float64).reshape(-1, length)
-        for values, length in (([part.box for _, part in pairs], 4), ([annotation.size for annotation, _ in pairs], 2))
+        for values, length in (([item.box for _, item in pairs], 4), ([annotation.size for annotation, _ in pairs], 2))
     )
     boxes = (pixels / np.tile(sizes, 2)).clip(0, 1)
     overlaps = best_prior_overlaps(boxes, priors, jaccard_overlap)

@@ -100,7 +100,7 @@ def _annotate_images(path, images, folder, names):
         size = size if all(_is_number(side) and side >= 1 for side in size) else None
         annotation = Annotation(image, f"{path}, image {number}", "annotation", 0, size, number, category_ids)
         if entry["file_name"] not in listed and not os.path.isfile(image):
-            problem = f"there is no image {image!r:.300}; add it, or give the right folder: {path}:IMAGE_FOLDER"
+            problem = f"cannot find its image {image!r:.300}; add it, or give the right folder: {path}:IMAGE_FOLDER"
             annotation.problems.append((UNREADABLE_IMAGE, f"{annotation.path}: {problem}"))
         annotations[number] = annotation
     return annotations
@@ -109,8 +109,8 @@ def _annotate_images(path, images, folder, names):
 def _find_image_folder(path, first_image):
     """Return the first of the usual folders that has the first image; raises InputError, naming the file, if none."""
     name = os.path.splitext(os.path.basename(path))[0].removeprefix("instances_").removeprefix("image_info_")
-    for place in ("", name, "images", f"images/{name}", "..", f"../{name}", "../images", f"../images/{name}"):
-        folder = os.path.abspath(os.path.join(os.path.dirname(path), place))
+    for subfolder in ("", name, "images", f"images/{name}", "..", f"../{name}", "../images", f"../images/{name}"):
+        folder = os.path.abspath(os.path.join(os.path.dirname(path), subfolder))
         if os.path.isfile(os.path.join(folder, first_image)):
             return folder
     raise InputError(f"{path}: cannot find its image {first_image!r:.300}; give its folder: {path}:IMAGE_FOLDER")

@@ -64,19 +64,19 @@ def _list_images(path, config, split):
     if not all(isinstance(entry, str) for entry in [root, *entries]):
         raise InputError(f"{path}: path must be a folder, {split} folders or .txt files; correct them")
     for entry in entries:
-        place = os.path.abspath(os.path.join(os.path.dirname(path), root, entry))
-        if not os.path.exists(place):  # Roboflow writes ../train/images for train/images
-            place = os.path.abspath(os.path.join(os.path.dirname(path), root, entry.removeprefix("../")))
+        location = os.path.abspath(os.path.join(os.path.dirname(path), root, entry))
+        if not os.path.exists(location):  # Roboflow writes ../train/images for train/images
+            location = os.path.abspath(os.path.join(os.path.dirname(path), root, entry.removeprefix("../")))
         try:
-            if os.path.isdir(place):
-                part = _find_images(place)
+            if os.path.isdir(location):
+                part = _find_images(location)
             else:
-                lines = [line.strip() for line in read_text(place).split("\n")]
-                part = [os.path.abspath(os.path.join(os.path.dirname(place), line)) for line in lines if line]
+                lines = [line.strip() for line in read_text(location).split("\n")]
+                part = [os.path.abspath(os.path.join(os.path.dirname(location), line)) for line in lines if line]
             if not part or any("\0" in image for image in part):
                 raise ValueError("it has no images")
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot read {place!r:.300} of {split} ({error}); correct it") from error
+            raise InputError(f"{path}: cannot read {location!r:.300} of {split} ({error}); correct it") from error
         images += part
     return images
 

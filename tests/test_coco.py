@@ -364,7 +364,7 @@ def test_a_missing_image_is_a_problem_of_its_annotation(write, tmp_path):
     for part in (second, third):
         ((kind, message),) = part.problems
         assert kind == UNREADABLE_IMAGE
-        assert message.startswith(f"{path}, image {part.image_id}: there is no image {part.image!r}")
+        assert message.startswith(f"{path}, image {part.image_id}: cannot find its image {part.image!r}")
     # If the first image is missing, the folder has to be given; then it is a problem like the others.
     os.remove(tmp_path / "val" / "b.jpg")
     with pytest.raises(InputError, match=r"cannot find its image 'b\.jpg'; give its folder"):

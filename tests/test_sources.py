@@ -207,7 +207,7 @@ def test_what_is_not_valid_stops_the_command_unless_it_is_dropped(tmp_path, run)
     (tmp_path / "b.png").unlink()
     source = f"{source}:{tmp_path}"
     message = run("create_data_lists.py", *options([source], [source], tmp_path / "none", "--drop-invalid"), status=2)
-    assert "own.json, image 5: there is no image" in message
+    assert "own.json, image 5: cannot find its image" in message
     assert "no image of TRAIN would remain" in message
 
 
