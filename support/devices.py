@@ -54,14 +54,16 @@ def choose_precision(name, device):
     """Return the key of PRECISIONS to compute with, and turn TF32 on or off.
 
     :param name: a key of PRECISIONS, or "auto": bf16 if the device is a GPU with native support for it, else fp32
-    :raises InputError: for the others on a CPU: most CPUs emulate bf16 and fp16, a hundred times slower
+    :raises InputError: for the others on a CPU, except bf16 with AMX: CPUs emulate them, a hundred times slower
     """
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
-    if name != "fp32" and device.type == "cpu":
-        raise InputError(f"--precision {name}: needs a GPU; use auto or fp32")
+    has_amx = name == "bf16" and torch.cpu.get_capabilities().get("amx_bf16")
+    if name != "fp32" and device.type == "cpu" and not has_amx:
+        or_amx = " or a CPU with AMX" if name == "bf16" else ""
+        raise InputError(f"--precision {name}: needs a GPU{or_amx}; use auto or fp32")
     return name
 
 

@@ -91,7 +91,7 @@ FIGURES = {  # name in the JSON files: (heading, factor and number of digits in 
 }
 # Options that are passed on to train.py, and settings in which compared trainings may differ.
 PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum", "--weight-decay", "--warmup",
-             "--grad-clip", "--no-augmentation", "--workers", "--checkpoint-every")  # fmt: skip
+             "--grad-clip", "--no-augmentation", "--workers", "--checkpoint-every", "--precision")  # fmt: skip
 OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile", "no_pretrained", "init_from", "priors",
                 "checkpoint_every", "workers")  # fmt: skip
 INTERRUPTED = "interrupted and saved; the same command continues this training"
@@ -473,7 +473,7 @@ def main():
         def settings_of(system, seed, *more):
             name = os.path.join(folder, f"{system}{suffix}-{seed}")
             given = ["--data-folder", folder, "--output-folder", name, "--overwrite", "--seed", str(seed)]
-            settings = train.parse_settings([*RECIPE.split(), *rest, *SYSTEMS[system].split(), *given, *more])
+            settings = train.parse_settings([*RECIPE.split(), *SYSTEMS[system].split(), *rest, *given, *more])
             if settings.init_from:
                 settings.init_from = os.path.join(folder, settings.init_from.format(seed=seed))
             if settings.precision == "tf32" and find_device().type == "cpu":

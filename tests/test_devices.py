@@ -32,13 +32,17 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_a_cpu_computes_in_fp32_and_rejects_precisions_it_would_emulate():
+def test_a_cpu_computes_in_fp32_and_rejects_precisions_it_would_emulate(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "amx_bf16": False})
     assert choose_precision("auto", CPU) == choose_precision("fp32", CPU) == "fp32"
     assert torch.backends.cudnn.allow_tf32 is False
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     for name in ("tf32", "bf16", "fp16"):
         with pytest.raises(InputError, match=f"--precision {name}: needs a GPU"):
             choose_precision(name, CPU)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert choose_precision("bf16", CPU) == "bf16"
+    assert choose_precision("auto", CPU) == "fp32"
 
 
 def test_auto_is_bf16_on_gpus_with_native_support_and_fp32_on_others(monkeypatch):

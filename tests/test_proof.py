@@ -91,7 +91,7 @@ def test_a_proof_trains_and_scores_both_systems_and_skips_finished_trainings(sam
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--seed", "7"], ["--precision=fp32"], ["--compile"], ["--resume", "x"], ["--compare-losses", "0"]]
+    "arguments", [["--seed", "7"], ["--priors=coco"], ["--compile"], ["--resume", "x"], ["--compare-losses", "0"]]
 )
 def test_settings_that_a_proof_fixes_are_rejected(arguments, capsys):
     with pytest.raises(SystemExit):
