@@ -431,16 +431,18 @@ def load_model(source, device="cpu", label_map=None):
 def build_model(description, source):
     """Return the network of a description.
 
-    :param description: "model" (state dict), "label_map", "priors" (name of a family, or a dict of the fields of
-        Priors), "pixel_mean", and "size", which is 300 if it is missing
+    :param description: as `support.checkpoints.read_weights` returns it; "size" is 300 if it is missing
     :param source: the file that the description was read from
     :raises InputError: naming the file, if the priors are unknown or the weights do not fit
     """
     label_map, priors, size = description["label_map"], description["priors"], description.get("size", 300)
     try:
         priors = Priors(**priors) if isinstance(priors, dict) else priors
-        model = NETWORKS[size](len(label_map), False, priors, description["pixel_mean"])
-        model.load_state_dict(description["model"])
+        with torch.device("meta"):  # makes no weights: those of the file come instead
+            model = NETWORKS[size](len(label_map), False, priors, description["pixel_mean"])
+        model.to_empty(device="cpu").load_state_dict(description["model"])
+        model.set_pixel_mean(description["pixel_mean"])  # state dicts have no buffers
+        model.register_buffer("priors_cxcy", create_prior_boxes(priors, size), persistent=False)
     except (RuntimeError, AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise InputError(
             f"{source}: its weights or priors ({str(priors):.60}) do not fit an SSD{size} of {len(label_map)} classes, "

@@ -8,6 +8,7 @@ Nothing here builds a network: `model.load_model` does that from a description. 
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -191,7 +192,7 @@ def read_origin(source):
     """
     origin = {"data_folder": None, "chosen_on": None}
     try:
-        contents = torch.load(source, map_location="cpu", weights_only=True, mmap=True)  # mmap: reads no weights
+        contents = _read(source)
         origin |= {"data_folder": str(contents["settings"]["data_folder"]), "chosen_on": contents.get("chosen_on")}
     except Exception:  # the file has no such facts, or cannot be read; then load_model says why
         pass
@@ -372,7 +373,8 @@ def _read(path, expected=KNOWN_SYSTEMS):
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                # With mmap, tensors that nobody uses, such as momenta, are not read.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
             except pickle.UnpicklingError as error:
                 # Before version 1.6 PyTorch pickled a whole model with references to its classes, which weights_only
                 # does not support. Such a file is read by an unpickler of our own with the same allow-list.
@@ -387,3 +389,11 @@ def _read(path, expected=KNOWN_SYSTEMS):
         raise InputError(f"{path}: no such file; give the path of a checkpoint") from error
     except Exception as error:  # torch.load raises a dozen types on truncated, foreign and hostile files
         raise InputError(f"{path}: cannot be read: truncated, foreign or unsafe; expected {expected}") from error
+
+
+def _can_be_mapped(path):
+    """Tell whether a file is as torch.save writes since version 1.6: a zip archive without compression."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())

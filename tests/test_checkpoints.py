@@ -4,6 +4,7 @@ import pickle
 import struct
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -141,6 +142,36 @@ def test_a_checkpoint_of_an_earlier_version_has_no_size_and_is_an_ssd300(tmp_pat
     torch.save({**weights, "label_map": label_map}, tmp_path / "weights")
     loaded = load_model(tmp_path / "weights")
     assert (type(loaded), loaded.priors) == (SSD300, "coco")
+
+
+def test_a_loaded_network_draws_no_random_numbers_and_shares_nothing_with_its_file(tmp_path, model):
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    description = {"label_map": label_map, "priors": "coco", "pixel_mean": (123.0, 117.0, 104.0)}
+    path = tmp_path / "weights"
+    torch.save({"format": "ssd300-1", "model": weights, **description}, path)
+    random_state = torch.get_rng_state()
+    loaded = load_model(path)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, weights[name].float())
+        assert (parameter.dtype, parameter.device.type) == (torch.float32, "cpu")
+        assert parameter.requires_grad
+        assert parameter.is_contiguous()
+    built = SSD300(21, False, description["priors"], description["pixel_mean"])
+    buffers = dict(loaded.named_buffers())
+    assert buffers.keys() == dict(built.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], value) for name, value in built.named_buffers())
+
+
+def test_a_compressed_archive_of_weights_loads_exactly(tmp_path, model):
+    torch.save(model.state_dict(), tmp_path / "weights")
+    with zipfile.ZipFile(tmp_path / "weights") as plain, zipfile.ZipFile(tmp_path / "compressed", "w") as compressed:
+        for part in plain.infolist():
+            compressed.writestr(part.filename, plain.read(part), zipfile.ZIP_DEFLATED, compresslevel=1)
+    loaded = load_model(tmp_path / "compressed").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.fixture
