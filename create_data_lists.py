@@ -16,7 +16,7 @@ from collections import Counter
 
 from datasets import PascalVOCDataset
 from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
-from support.annotations import drop_invalid, each_image_once, hold_out, label_objects, split_at_random
+from support.annotations import drop_invalid, hold_out, label_objects, split_at_random
 from support.checkpoints import coco_label_map
 from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.download import download_voc
@@ -157,9 +157,9 @@ def read_splits(settings, classes):
         if len(train) < n_before:
             print(f"TRAIN: {n_before - len(train)} images left out, because they are in VAL")
     if split is not None:
-        train, test = split_at_random(each_image_once(train), split, settings.seed, f"--split {split}")
+        train, test = split_at_random(train, split, settings.seed, f"--split {split}")
     if share is not None:
-        validation, _ = split_at_random(each_image_once(train), share, settings.seed, f"--validation {share}")
+        validation, _ = split_at_random(train, share, settings.seed, f"--validation {share}")
         train = hold_out(train, validation, test)
     splits = {"TRAIN": train, "VAL": validation, "TEST": test} if validation else {"TRAIN": train, "TEST": test}
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.files import InputError
+from support.images import IMAGE_SUFFIXES
 
 MAX_COORDINATE = 1e9  # pixels; no image is larger
 
@@ -22,6 +23,12 @@ UNREADABLE, UNREADABLE_IMAGE = "annotation that cannot be read", "image that can
 NO_CLASS, NO_BOX = "object without a class", "object without a box"
 NO_AREA, OUTSIDE = "box without area", "box outside its image"
 NO_IMAGE = "object of an image that its file does not list"
+
+EXPECTED_BOXES = {  # by Annotation.unit
+    "object": "xmin, ymin, xmax, ymax in pixels",
+    "annotation": "x, y, width, height in pixels",
+    "line": "class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... of a polygon",
+}
 
 
 class Object(NamedTuple):
@@ -43,6 +50,7 @@ class Annotation:
     :param unit: what an object's number counts: "object" in VOC's files, "annotation" in COCO's, "line" in YOLO's
     :param first_pixel: number of the first pixel, 1 in VOC's files, else 0
     :param size: (width, height) of the image in pixels, or None
+    :param classes: names of the classes to read, others are ignored; None for all
     :param image_id: of COCO, or None
     :param category_ids: class name -> COCO's id; one dict for all annotations of a file; or None
     """
@@ -52,6 +60,7 @@ class Annotation:
     unit: str = "object"
     first_pixel: int = 0
     size: tuple | None = None
+    classes: set | None = None
     image_id: int | None = None
     category_ids: dict | None = None
     objects: list = field(default_factory=list)  # the valid ones, Object
@@ -59,50 +68,66 @@ class Annotation:
     n_below: int = 0  # boxes that begin below the first pixel
     ignored: list = field(default_factory=list)  # names of the classes of objects that are not read
 
-    def add(self, number, name, box, difficult=0, area=None):
-        """Add an object or, if it is not valid, a problem.
+    def add(self, number, name, box, difficult=0, area=None, source=None):
+        """Add an object, or a problem if it is not valid.
 
-        :param box: x_min, y_min, x_max, y_max in pixels from `first_pixel` on; not finite if it cannot be read
+        :param box: x_min, y_min, x_max, y_max in pixels from `first_pixel` on, or None if the file's cannot be read
+        :param source: what the file has for a box
         """
-        # Clamp at 0: boxes that begin below the first pixel must not become negative.
-        pixels = [max(value - self.first_pixel, 0.0) for value in box]
-        if name in ("", "background"):
-            problem = "has no known class; correct its name ('background' is reserved)"
-            self.report(NO_CLASS, number, name, problem)
-        elif not all(map(math.isfinite, box)) or max(pixels) >= MAX_COORDINATE:
-            self.report(NO_BOX, number, name, f"has a box {list(box)!s:.99}; expected numbers of pixels")
-        elif not _has_area(pixels):
-            problem = f"has a box without area, {pixels} in 0-based pixels; correct or remove the object"
-            self.report(NO_AREA, number, name, problem)
+        if name and self.classes is not None and name not in self.classes:
+            self.ignored.append(name)
+        elif name in ("", "background"):
+            self.report(NO_CLASS, number, name, "has no known class; correct its name ('background' is reserved)")
+        elif difficult not in (0, 1, "0", "1"):
+            self.report(NO_BOX, number, name, f"has difficult or iscrowd {difficult!r:.99}; expected 0 or 1")
+        elif box is None or not all(abs(value) < MAX_COORDINATE for value in box):
+            problem = f"has the box {source!r:.99}; expected {EXPECTED_BOXES[self.unit]}"
+            self.report(NO_BOX, number, name, problem)
         else:
-            pixels = [int(value) if value.is_integer() else value for value in map(float, pixels)]
-            self.objects.append(Object(number, name, pixels, difficult, area))
-            self.n_below += min(box[:2]) < self.first_pixel
+            # Clamp at 0: boxes that begin below the first pixel must not become negative.
+            pixels = [max(float(value - self.first_pixel), 0.0) for value in box]
+            pixels = [int(value) if value.is_integer() else value for value in pixels]
+            x_min, y_min, x_max, y_max = np.float32(pixels)  # as training reads them: two may become equal
+            if x_min < x_max and y_min < y_max:
+                self.objects.append(Object(number, name, pixels, int(difficult), area))
+                self.n_below += min(box[:2]) < self.first_pixel
+            else:
+                problem = f"has a box without area, {pixels} in 0-based pixels; correct or remove the object"
+                self.report(NO_AREA, number, name, problem)
 
     def report(self, kind, number, name, problem):
         """Add a problem of an object."""
         self.problems.append((kind, f"{self.path}: {self.unit} {number} ({name or 'no name'}) {problem}"))
 
-
-def _has_area(box):
-    # In float32, as training reads boxes: rounding may make two coordinates equal.
-    x_min, y_min, x_max, y_max = np.float32(box).tolist()
-    return x_min < x_max and y_min < y_max
+    def is_outside(self, box):
+        """Tell whether a box, 0-based pixels, begins outside the image, as training reads it; no if it has no size."""
+        return self.size is not None and bool(np.float32(box[0]) >= self.size[0] or np.float32(box[1]) >= self.size[1])
 
 
-def is_outside(box, size):
-    """Tell whether a box, 0-based pixels, begins outside an image of size (width, height), as training reads it."""
-    if box[0] <= size[0] - 1 and box[1] <= size[1] - 1:
-        return False  # skips the slow conversion for nearly all boxes
-    x_min, y_min = np.float32(box[:2]).tolist()
-    return x_min >= size[0] or y_min >= size[1]
+def parse_number(text):
+    """Return the number in a text, or NaN if there is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def find_images(folder):
+    """Return the paths of all images in a folder and its subfolders, sorted."""
+    images = []
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            images += find_images(entry.path)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            images.append(entry.path)
+    return sorted(images)
 
 
 def find_problems(annotation):
-    """Return all problems of an annotation: its own, and boxes outside the image if its size is known."""
+    """Return all problems of an annotation: its own, and boxes outside of the image."""
     outside = []
-    for number, name, box, *_ in annotation.objects if annotation.size else ():
-        if is_outside(box, annotation.size):
+    for number, name, box, *_ in annotation.objects:
+        if annotation.is_outside(box):
             size = "{:g} x {:g}".format(*annotation.size)
             message = f"{annotation.path}: {annotation.unit} {number} ({name}) has a box outside the image of {size}"
             outside.append((OUTSIDE, f"{message} pixels, {box}; correct or remove it"))
@@ -123,10 +148,8 @@ def drop_invalid(splits):
             problems = find_problems(annotation)
             dropped |= dict.fromkeys(problems)
             if {UNREADABLE, UNREADABLE_IMAGE}.isdisjoint(kind for kind, _ in problems):
-                if problems:
-                    size = annotation.size or (math.inf, math.inf)
-                    annotation.objects = [item for item in annotation.objects if not is_outside(item.box, size)]
-                    annotation.problems = []
+                annotation.objects = [item for item in annotation.objects if not annotation.is_outside(item.box)]
+                annotation.problems = []
                 remaining.append(annotation)
         if annotations and not remaining:
             _, line = find_problems(annotations[0])[0]
@@ -162,42 +185,34 @@ def label_objects(splits, label_map):
             f"{first_unknown} has no known class; all unknown classes: {names:.999}; name your classes with --labels "
             f"FILE, use all with --labels auto, or drop these objects with --ignore-unknown (known: {known:.999})"
         )
-    return {
-        split: ([annotation.image for annotation in part], [_entry(annotation, label_map) for annotation in part])
-        for split, part in splits.items()
-    }
+    lists = {}
+    for split, part in splits.items():
+        entries = [
+            {
+                "boxes": [item.box for item in annotation.objects],
+                "labels": [label_map[item.name] for item in annotation.objects],
+                "difficulties": [item.difficult for item in annotation.objects],
+            }
+            for annotation in part
+        ]
+        lists[split] = [annotation.image for annotation in part], entries
+    return lists
 
 
-def _entry(annotation, label_map):
-    """Return an annotation as an entry of the lists."""
-    return {
-        "boxes": [item.box for item in annotation.objects],
-        "labels": [label_map[item.name] for item in annotation.objects],
-        "difficulties": [item.difficult for item in annotation.objects],
-    }
+def split_at_random(annotations, share, seed, option):
+    """Divide images at random; return two lists of annotations, each in the given order and without repetitions.
 
-
-def each_image_once(annotations):
-    """Return annotations without those that occur again.
-
-    :raises InputError: naming the image, if it has two different annotations
+    :param share: of the images, for the first list; each list gets at least one
+    :param seed: same seed, same lists
+    :param option: of the command line, which asks for this
+    :raises InputError: naming the option, if there are fewer than two images, or an image with two annotations
     """
     unique = {}
     for annotation in annotations:
         kept = unique.setdefault(os.path.realpath(annotation.image), annotation)
         if os.path.realpath(kept.path) != os.path.realpath(annotation.path):
             raise InputError(f"{annotation.image}: annotated by {kept.path} and by {annotation.path}; give one of them")
-    return list(unique.values())
-
-
-def split_at_random(annotations, share, seed, option):
-    """Divide annotations at random; return two lists, each in the given order.
-
-    :param share: of the annotations, for the first list; each list gets at least one
-    :param seed: same seed, same lists
-    :param option: of the command line, which asks for this
-    :raises InputError: naming the option, if there are fewer than two annotations
-    """
+    annotations = list(unique.values())
     if len(annotations) < 2:
         raise InputError(f"{option}: cannot divide fewer than two annotated images; use more")
     order = np.random.default_rng(seed).permutation(len(annotations)).tolist()

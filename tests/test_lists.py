@@ -81,9 +81,9 @@ def test_an_annotation_without_objects_is_empty(tmp_path):
         (annotation(OBJECT.format("unicorn", "", 1, 1, 9, 9, "")), r"object 1 \(unicorn\) has no known class"),
         (annotation(OBJECT.format("background", "", 1, 1, 9, 9, "")), "no known class"),
         (annotation("<object><bndbox/></object>"), r"object 1 \(no name\)"),
-        (annotation("<object><name>cat</name></object>"), "xmin None"),
-        (annotation(OBJECT.format("cat", "", "left", 1, 9, 9, "")), "xmin 'left'"),
-        (annotation(OBJECT.format("cat", "", 1, 1, "nan", 9, "")), "xmax 'nan'"),
+        (annotation("<object><name>cat</name></object>"), r"the box \[None, None, None, None\]; expected xmin, ymin"),
+        (annotation(OBJECT.format("cat", "", "left", 1, 9, 9, "")), r"the box \['left', '1', '9', '9'\]"),
+        (annotation(OBJECT.format("cat", "", 1, 1, "nan", 9, "")), r"the box \['1', '1', 'nan', '9'\]"),
         (
             annotation(OBJECT.format("cat", "", 1, 1, 9, 9, ""), OBJECT.format("cat", "", 5, 5, 5, 9, "")),
             "object 2.*without area",

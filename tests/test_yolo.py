@@ -139,7 +139,7 @@ def test_shares_are_of_the_upright_image(tmp_path, dataset):
         ("0 0.1 0.1 0.2 nan 0.3 0.3", NO_BOX),
         ("0 0.5 0.5 1e308 0.2", NO_BOX),
         ("0 0,5 0,5 0,2 0,2", NO_BOX),
-        ("cat 0.5 0.5 0.2 0.2", NO_BOX),
+        ("cat 0.5 0.5 0.2 0.2", NO_CLASS),
         ("0 0.5 0.5 0.2 0.2" + " 7" * 10_001, NO_BOX),
         ("2 0.5 0.5 0.2 0.2", NO_CLASS),
         ("-1 0.5 0.5 0.2 0.2", NO_CLASS),
