@@ -36,6 +36,7 @@ from support.devices import (
     share_workers,
     sum_over_processes,
 )
+from support.errors import find_errors
 from support.files import CommandParser, InputError, check_outputs, run_command, write_json
 from support.images import read_size
 from support.labels import find_label
@@ -57,13 +58,7 @@ from support.results import (
     write_voc_results,
 )
 from support.runs import choose_sources
-from utils import (
-    MIN_TRUE_OVERLAP,
-    average_precision,
-    best_objects_of_other_classes,
-    mean_average_precision,
-    precision_recall_curves,
-)
+from utils import MIN_TRUE_OVERLAP, _best_objects, average_precision, mean_average_precision, precision_recall_curves
 
 # Which detections count: Limits, and the most candidates of each class before suppression (None: all).
 PROTOCOLS = {
@@ -94,7 +89,7 @@ def parse_arguments(arguments=None):
     add("--max-overlap", type=float, help="suppress detections that overlap a better one of their class by more [0.45]")
     add("--top-k", type=int, help="most detections per image [that of the protocol; exact: 200]")
     add("--results", metavar="FILE", help="write all figures to this JSON file")
-    add("--report", metavar="DIR", help="write a page with curves, confusions and the worst mistakes to this folder")
+    add("--report", metavar="DIR", help="write a page with curves, confusions and examples of errors to this folder")
     add("--voc-results", metavar="DIR", help="write the files that VOC's own evaluations read to this folder")
     add("--detections", metavar="FILE", help="write the detections in COCO's results format")
     add("--coco", action="store_true", help="also print COCO's twelve figures (needs pycocotools)")
@@ -333,9 +328,11 @@ def run(settings, device):
     adopt_classes(model, dataset.label_map, settings)
     names, objects = image_names(dataset.images), dataset.objects
     n_objects = count_objects(objects, dataset.label_map)
+    nothing = f"the {settings.split} split of {settings.data_folder} has no objects to detect"
     if not n_objects and (settings.coco or settings.report or settings.bootstrap):
-        message = f"the {settings.split} split of {settings.data_folder} has no objects to detect"
-        raise InputError(f"--coco, --report, --bootstrap, --against: {message}; leave these options out")
+        raise InputError(f"--coco, --report, --bootstrap, --against: {nothing}; leave these options out")
+    if not (n_objects or settings.results or settings.voc_results or settings.detections):
+        raise InputError(f"{nothing}; give --voc-results or --detections to write the detections")
     other = read_evidence(settings.against, names, n_objects) if settings.against else None
     needs_ids = settings.coco or settings.detections
     ids = read_coco_ids(settings.data_folder, settings.split, names, objects, dataset.label_map) if needs_ids else None
@@ -349,11 +346,12 @@ def run(settings, device):
     if rank() > 0:
         return
     results, curves, detections, ground_truth = evaluation
+    errors = find_errors(curves, detections, ground_truth, model.label_map, _best_objects, MIN_TRUE_OVERLAP)
     results = {
         "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "split": settings.split,
         "device": name_hardware(), "processes": n_processes(), "precision": precision,
         "batch_size": settings.batch_size, "protocol": settings.protocol, "antialias": settings.antialias,
-        **settings.limits._asdict(), **results,
+        **settings.limits._asdict(), **results, "errors": errors.counts,
     }  # fmt: skip
     if settings.chosen_on == settings.split:
         for_test = "make VAL lists with create_data_lists.py --validation, and train with them"
@@ -380,8 +378,7 @@ def run(settings, device):
     if settings.results:
         write_json({settings.results: results | basis})
     if settings.report:
-        others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
-        write_report(settings.report, evaluation._replace(results=results), others, dataset, MIN_TRUE_OVERLAP)
+        write_report(settings.report, evaluation._replace(results=results), errors, dataset)
         print(f"report: {os.path.join(settings.report, 'index.html')}")
 
 

@@ -260,6 +260,10 @@ CLASS_NOTE = (
     "Recall is that of all detections. At F1: at the score with the highest harmonic mean of precision and recall.\n"
     "Classes without objects to detect are left out of the mean."
 )
+ERROR_NOTE = (
+    "Of the detections from each class's score at F1 on: the right ones and five kinds of wrong ones. Of the objects\n"
+    "that none of them detects: the missed ones, and those explained by a class or place error."
+)
 
 
 def print_results(results, curves):
@@ -278,7 +282,8 @@ def print_results(results, curves):
         print(results["note"])
     print(describe_limits(results))
     if mean is not None:
-        print(f"\n{format_table(class_rows(results, curves))}")
+        print(f"\n{format_table([CLASS_COLUMNS, *class_rows(results, curves)])}\n{CLASS_NOTE}")
+        print(f"\n{format_table(error_rows(results['errors']))}\n{ERROR_NOTE}")
     n_images = results["images"]
     parts = {
         "waiting for images": "waiting_seconds", "network": "network_seconds",
@@ -298,47 +303,58 @@ def describe_limits(results):
 
 
 def class_rows(results, curves):
-    """Return a row for each class, a tuple with the columns of CLASS_COLUMNS; the rates of a class not scored are None.
+    """Return a row for each class, a tuple with the columns of CLASS_COLUMNS; a rate that does not exist is None.
 
     :param results: "AP_11_point" and "AP_area", {class name: value}
     :param curves: {class name: utils.Curve}
     """
     rows = []
     for name, curve in curves.items():
-        figures = summarize(curve)
-        rates = [figures[key] for key in ("recall", "precision", "recall_at_best", "score")]
-        rates = [results["AP_11_point"][name], results["AP_area"][name], *rates]
-        rows.append((name, figures["objects"], figures["detections"], *(rates if curve.is_scored else [None] * 6)))
+        n_objects, n_detections, *rates = summarize(curve).values()
+        precisions = results["AP_11_point"][name], results["AP_area"][name]
+        rows.append((name, n_objects, n_detections, *precisions, *rates))
     return rows
+
+
+def error_rows(counts):
+    """Return the header of the table of errors, a row for each class, and one with their sums.
+
+    :param counts: {class name: {column: number}}, as in `support.errors.Errors`
+    """
+    rows = [(name, *figures.values()) for name, figures in counts.items()]
+    _, *columns = zip(*rows, strict=True)
+    return [("errors at F1", *next(iter(counts.values()))), *rows, ("all", *map(sum, columns))]
 
 
 def summarize(curve):
     """Return the figures of a class, plain values by name.
 
-    "objects" to detect and "detections" that count; "recall" of all detections; "precision", "recall_at_best" and
-    "score" where the harmonic mean of precision and recall (F1) is the highest.
+    "objects" to detect and "detections" that count; "recall" of all detections, None without objects; "precision",
+    "recall_at_best" and "score" where the harmonic mean of precision and recall (F1) is the highest, None without a
+    right detection.
     """
-    figures = {"objects": int(curve.n_objects.sum()), "detections": len(curve.scores), "recall": 0.0}
-    figures |= {"precision": 0.0, "recall_at_best": 0.0, "score": 1.0}
-    if len(curve.scores):
-        f1 = 2 * curve.precision * curve.recall / (curve.precision + curve.recall).clip(1e-12)
+    n_objects, n_detections = int(curve.n_objects.sum()), len(curve.scores)
+    recall = float(curve.right.sum() / n_objects) if n_objects else None
+    figures = {"objects": n_objects, "detections": n_detections, "recall": recall}
+    figures |= dict.fromkeys(("precision", "recall_at_best", "score"))
+    if curve.right.any():
+        f1 = 2 * np.cumsum(curve.right) / (np.arange(1, n_detections + 1) + n_objects)
         best = f1.argmax()
-        figures |= {
-            "recall": float(curve.recall[-1]), "precision": float(curve.precision[best]),
-            "recall_at_best": float(curve.recall[best]), "score": float(curve.scores[best]),
-        }  # fmt: skip
+        figures["precision"] = float(curve.precision[best])
+        figures["recall_at_best"] = float(curve.recall[best])
+        figures["score"] = float(curve.scores[best])
     return figures
 
 
 def format_table(rows):
-    """Return the table of classes, given the rows of `class_rows`, as a text with aligned columns."""
-    cells = [CLASS_COLUMNS, *([_show(value) for value in row] for row in rows)]
+    """Return rows, the first of them the header, as a text with aligned columns."""
+    cells = [[_show(value) for value in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     lines = []
     for name, *figures in cells:
         figures = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *figures]))
-    return "\n".join([*lines, CLASS_NOTE])
+    return "\n".join(lines)
 
 
 def _show(value):

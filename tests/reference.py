@@ -1,6 +1,7 @@
 """The slow and obvious version of each fast function: the tests' oracle and the benchmark's baseline."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -145,6 +146,65 @@ def average_precisions(
                 previous = reached
             results.append(area)
     return results
+
+
+def errors_by_kind(
+    det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, n_classes
+):  # fmt: skip
+    """The kind of each detection that counts and of each object to detect: two dicts with keys (image, index)."""
+    objects = {}  # (image, index): (box, label, difficult)
+    for image in range(len(true_boxes)):
+        for index, box in enumerate(true_boxes[image].tolist()):
+            objects[image, index] = box, int(true_labels[image][index]), bool(true_difficulties[image][index])
+    kinds, detected, explained = {}, set(), set()
+    for label in range(1, n_classes):
+        n_objects = sum(own == label and not difficult for _, own, difficult in objects.values())
+        candidates = []
+        for image in range(len(det_boxes)):
+            for index, score in enumerate(det_scores[image].tolist()):
+                if det_labels[image][index] == label:
+                    candidates.append((score, image, index))
+
+        # Judge the detections, best first, and find the score of the best F1.
+        judged, found, best_f1, threshold = [], set(), 0, math.inf
+        for score, image, index in sorted(candidates, key=lambda candidate: -candidate[0]):
+            best = {"own": (0.0, None), "other": (0.0, None)}  # overlap, key of the object
+            for key, (box, own, _) in objects.items():
+                overlap = jaccard_overlap(det_boxes[image][index].tolist(), box) if key[0] == image else 0.0
+                side = "own" if own == label else "other"
+                if overlap > best[side][0]:
+                    best[side] = overlap, key
+            own_overlap, own_object = best["own"]
+            if own_overlap >= 0.5 and objects[own_object][2]:
+                continue
+            is_right = own_overlap >= 0.5 and own_object not in found
+            found |= {own_object} if is_right else set()
+            judged.append((score, (image, index), is_right, *best["own"], *best["other"]))
+            f1 = Fraction(2 * len(found), len(judged) + n_objects)
+            if f1 > best_f1:
+                best_f1, threshold = f1, score
+
+        for score, key, is_right, own_overlap, own_object, other_overlap, other_object in judged:
+            if score < threshold:
+                continue
+            if is_right:
+                kinds[key] = "right"
+                detected.add(own_object)
+            elif own_overlap >= 0.5:
+                kinds[key] = "duplicate"
+            elif own_overlap >= 0.1:
+                kinds[key] = "place"
+                explained.add(own_object)
+            elif other_overlap >= 0.5:
+                kinds[key] = "class"
+                explained.add(other_object)
+            else:
+                kinds[key] = "both" if other_overlap >= 0.1 else "background"
+    object_kinds = {}
+    for key, (_, _, difficult) in objects.items():
+        if not difficult:
+            object_kinds[key] = "detected" if key in detected else "explained" if key in explained else "missed"
+    return kinds, object_kinds
 
 
 def resize(pixels, size):

@@ -5,8 +5,10 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +26,14 @@ from datasets import PascalVOCDataset
 from model import EVALUATION_LIMITS, SSD300, Limits, MultiBoxLoss
 from support import devices
 from support.checkpoints import read_origin, save_weights
+from support.errors import KINDS, find_errors
 from support.files import InputError
 from support.images import read_size
 from support.labels import make_label_map
 from support.lists import read_data_lists, write_data_lists
-from support.report import find_false_detections, find_misses, show_false_detection, write_report
+from support.report import write_report
 from support.results import (
+    CLASS_COLUMNS,
     COCO_FIGURES,
     class_rows,
     coco_results,
@@ -48,7 +52,7 @@ from support.results import (
 )
 from support.runs import choose_sources
 from support.sample import make_sample
-from utils import MIN_TRUE_OVERLAP, best_objects_of_other_classes, calculate_mAP, precision_recall_curves
+from utils import MIN_TRUE_OVERLAP, _best_objects, calculate_mAP, precision_recall_curves
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])
 NO_DETECTIONS = [torch.zeros(0, 4)], [torch.zeros(0)], [torch.zeros(0)]
@@ -352,6 +356,10 @@ def test_images_without_annotations_are_detected_on_and_not_scored(coco, score_a
         with pytest.raises(InputError, match=f"--coco, .*: the TEST split of {folder} has no objects to detect; leave"):
             score_as_detected(folder, detections, *options)
     assert not (tmp_path / "r").exists()
+    with pytest.raises(
+        InputError, match=f"^the TEST split of {folder} has no objects to detect; give --voc-results or"
+    ):
+        score_as_detected(folder, detections)
 
 
 def test_a_class_is_summarized_at_its_best_f1():
@@ -370,11 +378,21 @@ def test_a_class_is_summarized_at_its_best_f1():
     assert cat == ("cat", 4, 5, results["AP_11_point"]["cat"], results["AP_area"]["cat"], 0.75, 0.75, 0.75,
                    pytest.approx(0.6))  # fmt: skip
     assert dog == ("<dog>", 0, 0, *[None] * 6)
-    header, *lines, _, note = format_table([cat, dog, cow]).splitlines()
+    header, *lines = format_table([CLASS_COLUMNS, cat, dog, cow]).splitlines()
     assert lines[0].split() == ["cat", "4", "5", *(f"{value:.4f}" for value in cat[3:])]
     assert lines[1].split() == ["<dog>", "0", "0", *"------"]
     assert {len(line) for line in (header, *lines)} == {len(header)}
-    assert "left out of the mean" in note
+
+
+@pytest.mark.parametrize("n_detections", [0, 2])
+def test_a_class_that_is_never_found_has_no_score_at_f1(n_detections):
+    far = torch.tensor([[0.8, 0.8, 0.9, 0.9]])
+    detections = [far.expand(n_detections, 4)], [torch.ones(n_detections)], [torch.full((n_detections,), 0.9)]
+    ground_truth = [far / 2], [torch.ones(1)], [torch.zeros(1)]
+    results, curves = eval_script.score(detections, ground_truth, CLASSES)
+    row = class_rows(results, curves)[0]
+    assert row == ("cat", 1, n_detections, 0.0, 0.0, 0.0, None, None, None)
+    assert format_table([CLASS_COLUMNS, row]).split()[-3:] == ["-", "-", "-"]
 
 
 def test_a_resampled_map_is_that_of_the_images_drawn(random_objects):
@@ -487,67 +505,152 @@ def test_what_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
     assert sorted(os.listdir()) == ["d", "file", "model.pth"]
 
 
-def mistakes_of(detections, ground_truth):
-    """All that the page tells: false detections, misses and confusions."""
+# ---------------------------------------------------------------------------------------------------------
+# Errors by kind
+# ---------------------------------------------------------------------------------------------------------
+
+
+def errors_of(detections, ground_truth):
     curves = precision_recall_curves(*detections, *ground_truth, label_map=CLASSES)
-    others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
-    arguments = (others, ground_truth, CLASSES, MIN_TRUE_OVERLAP)
-    return find_false_detections(curves, *arguments), *find_misses(curves, *arguments)
+    return find_errors(curves, detections, ground_truth, CLASSES, _best_objects, MIN_TRUE_OVERLAP)
 
 
-def test_mistakes_are_sorted_out_by_what_they_are(pictures):
-    """Detected: a cat, the same again, a dog taken for a cat, another part of the cat, a dog where none is."""
-    left, part, right, low = [0.0, 0.0, 0.4, 0.4], [0.2, 0.2, 0.5, 0.5], [0.6, 0.0, 1.0, 0.4], [0.0, 0.6, 0.3, 0.9]
-    detections = (
-        [torch.tensor([left, left, right, part, [0.6, 0.6, 0.9, 0.9]])], [torch.tensor([1, 1, 1, 1, 2])],
-        [torch.tensor([0.9, 0.8, 0.7, 0.65, 0.6])],
-    )  # fmt: skip
-    ground_truth = [torch.tensor([left, right, low])], [torch.tensor([1, 2, 3])], [torch.tensor([0, 0, 0])]
-    mistakes, _, _ = mistakes_of(detections, ground_truth)
-    assert [mistake.index for mistake in mistakes] == [1, 2, 3, 4]
-    overlap = 0.04 / (0.16 + 0.09 - 0.04)
-    expected = ["a second detection of its object", "is <dog>", f"a poor box, overlap {overlap:.2f}", "background"]
-    assert [mistake.reason for mistake in mistakes] == expected
-    dataset = type("Data", (), {"images": pictures, "label_map": CLASSES})
-    source, caption = show_false_detection(mistakes[1], detections, ground_truth, dataset)
-    assert caption == "000000.jpg: cat 0.70; is <dog>"
-    assert source.startswith("data:image/jpeg;base64,")
+def columns(images):
+    """Columns of `detect_all`, given for each image its rows of box, label, and score or difficulty."""
+    boxes = [torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4) for rows in images]
+    labels = [torch.tensor([row[1] for row in rows], dtype=torch.long) for rows in images]
+    return boxes, labels, [torch.tensor([row[2] for row in rows], dtype=torch.float32) for rows in images]
 
 
-def test_what_is_missed_and_confused_is_counted_from_the_score_of_the_best_f1_on():
-    left, right, low = [0.0, 0.0, 0.4, 0.4], [0.6, 0.0, 1.0, 0.4], [0.0, 0.6, 0.3, 0.9]
-    detections = (
-        [torch.tensor([left, left, right, [0.6, 0.6, 0.9, 0.9]])], [torch.tensor([1, 1, 1, 2])],
-        [torch.tensor([0.9, 0.8, 0.7, 0.6])],
-    )  # fmt: skip
-    ground_truth = [torch.tensor([left, right, low])], [torch.tensor([1, 2, 3])], [torch.tensor([0, 0, 0])]
-    curves = precision_recall_curves(*detections, *ground_truth, label_map=CLASSES)
-    curves = {name: curve._replace(scores=np.minimum(curve.scores, 0.1)) for name, curve in curves.items()}
-    others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
-    misses, confusions = find_misses(curves, others, ground_truth, CLASSES, MIN_TRUE_OVERLAP)
-    assert [index for _, _, index in misses] == [1, 2]
-    assert confusions == {
-        ("cat", "cat"): 1, (None, "cat"): 1, ("<dog>", "cat"): 1, (None, "<dog>"): 1, ("cow", None): 1
+def located(errors):
+    """{kind: (image, index) of each example}, without kinds that have none."""
+    return {kind: [example[:2] for example in examples] for kind, examples in errors.examples.items() if examples}
+
+
+def count(right=0, missed=0, explained=0, **kinds):
+    """The counts of one class, in the order of the table."""
+    order = ("class", "place", "both", "duplicate", "background")
+    wrong = {kind: kinds.get(f"{kind}_", 0) for kind in order}
+    return {"right": right, **wrong, "missed": missed, "explained": explained}
+
+
+# Objects far from each other: top left, top right, bottom left, bottom right; and parts of them.
+CORNERS = [0, 0, 4, 4], [6, 0, 10, 4], [0, 6, 4, 10], [6, 6, 10, 10]
+TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = CORNERS
+MIDDLE = [4.5, 4.5, 5.5, 5.5]
+CAT, DOG, COW = 1, 2, 3
+
+
+@pytest.fixture
+def one_of_each_kind():
+    """Detections in two images, of which each kind of error has one, and the ground truth."""
+    objects = [
+        [(TOP_LEFT, CAT, 0), (TOP_RIGHT, DOG, 0), (BOTTOM_LEFT, COW, 0), (BOTTOM_RIGHT, CAT, 0)],
+        [(MIDDLE, CAT, 0), (TOP_LEFT, CAT, 0), (TOP_RIGHT, CAT, 0)],
+    ]
+    detections = [
+        [
+            (TOP_LEFT, CAT, 0.9),  # right
+            ([0, 0, 4, 3], CAT, 0.8),  # duplicate: 12 of 16
+            (TOP_RIGHT, CAT, 0.7),  # class
+            ([6, 6, 8, 8], CAT, 0.6),  # place: 4 of 16
+            ([0, 6, 2, 8], CAT, 0.5),  # both: 4 of 16
+            (MIDDLE, CAT, 0.4),  # background
+            (MIDDLE, DOG, 0.9),  # no dog is right, so none counts
+        ],
+        [(TOP_RIGHT, CAT, 0.2), (TOP_LEFT, CAT, 0.3), (BOTTOM_LEFT, CAT, 0.1)],  # two right; one below the best F1
+    ]
+    return columns(detections), columns(objects)
+
+
+def test_each_kind_of_error_is_told(one_of_each_kind):
+    """Of five cats three are right. F1 is 2 / 6 after the first detection, 6 / 13 after the eighth, 6 / 14 at last."""
+    errors = errors_of(*one_of_each_kind)
+    assert errors.counts == {
+        "cat": count(3, class_=1, place_=1, both_=1, duplicate_=1, background_=1, missed=1, explained=1),
+        "<dog>": count(explained=1),
+        "cow": count(missed=1),
+    }
+    assert list(errors.examples) == ["class", "place", "both", "duplicate", "background", "missed"]
+    assert located(errors) == {
+        "class": [(0, 2)], "place": [(0, 3)], "both": [(0, 4)], "duplicate": [(0, 1)], "background": [(0, 5)],
+        "missed": [(0, 2), (1, 0)],
     }  # fmt: skip
+    texts = [", ".join(example[2:]) for examples in errors.examples.values() for example in examples]
+    assert texts == [
+        "cat 0.70, overlap 1.00 with <dog>", "cat 0.60, overlap 0.25 with cat", "cat 0.50, overlap 0.25 with cow",
+        "cat 0.80, overlap 0.75 with cat", "cat 0.40, ", "cow, ", "cat, ",
+    ]  # fmt: skip
+    assert errors.confusions == {("cat", "cat"): 3, ("<dog>", "cat"): 1}
 
 
-def test_only_what_counts_is_a_mistake():
-    """A difficult cat is detected, a cow where none is, and a dog below the score of its class's best F1."""
-    box, other = [0.0, 0.0, 0.4, 0.4], [0.6, 0.6, 1.0, 1.0]
-    detections = [torch.tensor([box, other, other, box])], [torch.tensor([1, 3, 2, 2])], [torch.tensor([9, 8, 7, 6.0])]
-    ground_truth = [torch.tensor([box, other])], [torch.tensor([1, 2])], [torch.tensor([1, 0])]
-    mistakes, misses, confusions = mistakes_of(detections, ground_truth)
-    assert [mistake[:3] for mistake in mistakes] == [(8, 0, 1), (6, 0, 3)]
-    assert misses == []
-    assert confusions == {("<dog>", "<dog>"): 1}
+@pytest.mark.parametrize(
+    ("wrong", "others", "kind", "missed"),
+    [
+        ([0, 0, 4, 4], [(TOP_LEFT, DOG, 0)], "duplicate", 1),  # of the cat, and on the dog
+        ([0, 0, 4, 2], [], "duplicate", 0),  # an overlap of exactly 0.5
+        ([3, 0, 7, 4], [([4, 0, 8, 4], DOG, 0)], "place", 1),  # 4 of 28 with the cat, 12 of 20 with the dog
+        ([3, 0, 6, 2], [], "place", 0),  # exactly 0.1: 2 of 20
+        ([3, 0, 6, 1.9], [], "background", 0),
+        ([6, 0, 10, 2], [(TOP_RIGHT, DOG, 0)], "class", 0),  # exactly 0.5
+        ([6, 0, 10, 1.9], [(TOP_RIGHT, DOG, 0)], "both", 1),
+        ([9, 0, 12, 2], [(TOP_RIGHT, DOG, 0)], "both", 1),  # exactly 0.1
+        ([9, 0, 12, 1.9], [(TOP_RIGHT, DOG, 0)], "background", 1),
+        (TOP_RIGHT, [(TOP_RIGHT, DOG, 1)], "class", 0),  # a difficult object is never missed
+        ([6, 0, 8, 2], [(TOP_RIGHT, CAT, 1)], "place", 0),
+        (TOP_RIGHT, [(TOP_RIGHT, CAT, 1), (TOP_RIGHT, DOG, 0)], None, 1),  # right of the difficult cat: does not count
+        (TOP_RIGHT, [(TOP_RIGHT, DOG, 1), ([6, 0, 10, 3], COW, 0)], "class", 1),  # the dog overlaps more
+    ],
+)  # fmt: skip
+def test_a_wrong_detection_is_of_the_first_kind_that_fits(wrong, others, kind, missed):
+    """Besides it a cat is detected, before it and after it."""
+    objects = [(TOP_LEFT, CAT, 0), (BOTTOM_RIGHT, CAT, 0), *others]
+    detections = [(TOP_LEFT, CAT, 0.9), (wrong, CAT, 0.8), (BOTTOM_RIGHT, CAT, 0.7)]
+    errors = errors_of(columns([detections]), columns([objects]))
+    expected = {kind: [(0, 1)], "missed": [(0, len(objects) - 1)]}
+    assert located(errors) == {key: expected[key] for key in (kind, "missed" if missed else None) if key}
+    assert errors.counts["cat"]["right"] == 2
 
 
-def test_a_detection_beside_a_difficult_object_of_a_class_without_others_is_a_mistake():
-    box, other = [0.0, 0.0, 0.4, 0.4], [0.6, 0.6, 1.0, 1.0]
-    detections = [torch.tensor([box, other])], [torch.tensor([1, 1])], [torch.tensor([0.9, 0.8])]
-    mistakes, misses, _ = mistakes_of(detections, ([torch.tensor([box])], [torch.tensor([1])], [torch.tensor([1])]))
-    assert [mistake.index for mistake in mistakes] == [1]
-    assert misses == []
+def test_errors_are_those_of_the_loop_and_add_up(monkeypatch):
+    monkeypatch.setattr("support.errors.N_EXAMPLES", 10**6)
+    seen = Counter()
+    for seed in range(80):
+        rng = np.random.RandomState(seed)
+        truth, detections = ([], [], []), ([], [], [])
+        for _ in range(rng.randint(1, 6)):
+            n = rng.randint(0, 6)
+            boxes = np.sort(rng.uniform(0, 1, (n, 2, 2)), axis=1).reshape(n, 4) + [0, 0, 0.05, 0.05]
+            labels, repeats = rng.randint(1, 4 - seed % 2, n), rng.randint(0, 4, n)  # every second time without cows
+            moved = np.repeat(boxes, repeats, axis=0) + rng.normal(0, rng.choice([0.02, 0.1]), (repeats.sum(), 4))
+            is_kept = rng.uniform(size=repeats.sum()) < 0.6
+            moved_labels = np.where(is_kept, np.repeat(labels, repeats), rng.randint(1, 4, repeats.sum()))
+            scores = rng.randint(0, 9, repeats.sum()) / 8  # many ties
+            rows = (boxes, labels, rng.uniform(size=n) < 0.2, moved, moved_labels, scores)
+            for part, values in zip((*truth, *detections), rows, strict=True):
+                part.append(torch.tensor(values))
+        errors = errors_of(detections, truth)
+        kinds, object_kinds = reference.errors_by_kind(*detections, *truth, n_classes=4)
+        for kind, examples in errors.examples.items():
+            expected = object_kinds if kind == "missed" else kinds
+            positions = [example[:2] for example in examples]
+            assert len(set(positions)) == len(positions)
+            assert set(positions) == {key for key, own in expected.items() if own == kind}, (seed, kind)
+        tally = Counter()
+        for labels, located_kinds in ((detections[1], kinds), (truth[1], object_kinds)):
+            tally.update((list(CLASSES)[labels[image][index]], kind) for (image, index), kind in located_kinds.items())
+        to_detect = Counter(name for name, kind in tally.elements() if kind in ("detected", "explained", "missed"))
+        assert errors.counts.keys() == to_detect.keys()
+        curves = precision_recall_curves(*detections, *truth, label_map=CLASSES)
+        for name, counts in errors.counts.items():
+            assert counts == {kind: tally[name, kind] for kind in counts}
+            assert counts["right"] + counts["missed"] + counts["explained"] == to_detect[name]
+            score = summarize(curves[name])["score"]
+            n_wrong = (~curves[name].right[curves[name].scores >= score]).sum() if counts["right"] else 0
+            assert sum(counts[kind] for kind in KINDS) == n_wrong + counts["missed"]
+        seen.update(tally)
+    kinds = Counter(kind for _, kind in seen.elements())
+    assert min(kinds[kind] for kind in ("right", *KINDS, "explained")) >= 20, kinds
 
 
 def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path):
@@ -563,9 +666,8 @@ def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path)
     for path, new in zip(pictures, renamed, strict=True):
         os.rename(path, new)
     dataset = type("Data", (), {"images": renamed, "label_map": CLASSES})
-    others = best_objects_of_other_classes(*detections[:2], *ground_truth[:2])
-    evaluation = (results, curves, detections, ground_truth)
-    write_report(tmp_path / "report", evaluation, others, dataset, MIN_TRUE_OVERLAP)
+    evaluation, errors = (results, curves, detections, ground_truth), errors_of(detections, ground_truth)
+    write_report(tmp_path / "report", evaluation, errors, dataset)
     (page,) = (tmp_path / "report").iterdir()
     text = page.read_text()
     assert f"{results['mAP_11_point']:.4f}" in text
@@ -579,10 +681,59 @@ def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path)
     assert "down to a score of 0.03" in text
     assert "caf?0000" in text
     assert text.count("data:image/svg+xml") == sum(curve.is_scored for curve in curves.values()) == 2
-    mistakes, misses, _ = mistakes_of(detections, ground_truth)
-    assert len(mistakes) == 24
-    assert text.count("data:image/jpeg") == 24 + min(24, len(misses))
+    assert text.count("data:image/jpeg") == sum(map(len, errors.examples.values())) > 12
     assert "http" not in text.replace("http://www.w3.org", "")
+
+
+def test_the_page_shows_examples_of_each_kind(one_of_each_kind, pictures, tmp_path):
+    detections, ground_truth = one_of_each_kind
+    detections[0][:], ground_truth[0][:] = ([boxes / 10 for boxes in part[0]] for part in one_of_each_kind)
+    results, curves = eval_script.score(detections, ground_truth, CLASSES)
+    results |= dict.fromkeys(("checkpoint", "data_folder", "images", "device", "precision", "protocol", "split"), "x")
+    results |= EVALUATION_LIMITS._asdict()
+    dataset = SimpleNamespace(images=pictures, label_map=CLASSES)
+    write_report(tmp_path, (results, curves, detections, ground_truth), errors_of(detections, ground_truth), dataset)
+    text = (tmp_path / "index.html").read_text()
+    sections = {
+        part.split("</h2>")[0]: re.findall("<figcaption>(.*)</figcaption>", part) for part in text.split("<h2>")
+    }
+    assert list(sections)[1:] == [
+        "Classes", "Precision over recall", "Errors by kind", "Confusions", "Class errors", "Place errors",
+        "Both errors", "Duplicate errors", "Background errors", "Missed",
+    ]  # fmt: skip
+    assert list(sections.values())[5:] == [
+        ["000000.jpg: cat 0.70, overlap 1.00 with &lt;dog&gt;"], ["000000.jpg: cat 0.60, overlap 0.25 with cat"],
+        ["000000.jpg: cat 0.50, overlap 0.25 with cow"], ["000000.jpg: cat 0.80, overlap 0.75 with cat"],
+        ["000000.jpg: cat 0.40"], ["000000.jpg: cow", "000001.jpg: cat"],
+    ]  # fmt: skip
+    cells = [re.findall(r"<td>([^<]*)</td>", row) for row in text.split("Errors by kind")[1].split("</tr>")[1:5]]
+    assert cells == [
+        ["cat", "3", "1", "1", "1", "1", "1", "1", "1"], ["&lt;dog&gt;", *"00000001"], ["cow", *"00000010"],
+        ["all", *"31111122"],
+    ]  # fmt: skip
+    confused = text.split("<h2>Confusions")[1].split("</table>")[0]
+    assert '<tr><td>&lt;dog&gt;</td><td class="text">cat</td><td>1</td></tr>' in confused
+
+
+def test_errors_are_printed_and_written_and_earlier_results_lack_them(coco, score_as_detected, tmp_path, capsys):
+    folder, detections = coco
+    score_as_detected(folder, detections, "--results", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    dataset = PascalVOCDataset(folder, "TEST", keep_difficult=True)
+    ground_truth = [list(part) for part in zip(*(dataset[index][1:] for index in range(10)), strict=True)]
+    expected = errors_of(detections, ground_truth).counts
+    assert results["errors"] == expected
+    assert all(expected["cat"][kind] for kind in ("right", "place", "both", "background", "missed", "explained"))
+    table = capsys.readouterr().out.split("\nerrors at F1 ")[1].splitlines()[:4]
+    sums = [sum(column) for column in zip(*(counts.values() for counts in expected.values()), strict=True)]
+    assert [line.split() for line in table] == [
+        list(expected["cat"]), *([name, *map(str, counts.values())] for name, counts in expected.items()),
+        ["all", *map(str, sums)],
+    ]  # fmt: skip
+    del results["errors"]
+    (tmp_path / "earlier.json").write_text(json.dumps(results))
+    score_as_detected(folder, detections, "--against", tmp_path / "earlier.json", "--bootstrap", 9)
+    assert f"difference to {tmp_path / 'earlier.json'}: +0.0000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -879,6 +1030,7 @@ def test_images_are_scored_without_augmentation_and_with_difficult_objects(split
 
     monkeypatch.setattr(eval_script, "evaluation_loader", record)
     arguments = ["--data-folder", str(tiny / "data"), "--checkpoint", str(tiny / "model.pth"), "--split", split]
+    arguments += ["--results", str(tiny / "results.json")]  # TRAIN has no objects
     with pytest.raises(InputError, match="that is enough"):
         eval_script.run(eval_script.parse_arguments(arguments), torch.device("cpu"))
     (dataset,) = seen
