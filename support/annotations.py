@@ -101,7 +101,9 @@ class Annotation:
 
     def is_outside(self, box):
         """Tell whether a box, 0-based pixels, begins outside the image, as training reads it; no if it has no size."""
-        return self.size is not None and bool(np.float32(box[0]) >= self.size[0] or np.float32(box[1]) >= self.size[1])
+        if self.size is None or (box[0] <= self.size[0] - 1 and box[1] <= self.size[1] - 1):
+            return False  # skips the slow conversion for nearly all boxes
+        return bool(np.float32(box[0]) >= self.size[0] or np.float32(box[1]) >= self.size[1])
 
 
 def parse_number(text):
