@@ -1,4 +1,4 @@
-"""Detection from the command line: many images, legible captions, explanations, the exported network."""
+"""Detection from the command line: many images, legible captions, explanations."""
 
 import json
 import os
@@ -16,13 +16,10 @@ from datasets import PascalVOCDataset
 from detect import detect, example_pictures, explain, find_in_files, find_objects, parse_arguments
 from model import DETECTION_LIMITS, FEATURE_MAPS, SSD300, Limits, create_prior_boxes
 from support.checkpoints import save_weights
-from support.export import export_onnx
 from support.files import InputError
 from support.images import _find_caption_rectangle, _replace_unknown_characters, draw_boxes, read_image
 from support.labels import label_color_map, label_names, make_label_map
-from utils import cxcy_to_gcxgcy, cxcy_to_xy, gcxgcy_to_cxcy, transform, xy_to_cxcy
-
-WEIGHTS_PAGE = Path(script.__file__).with_name("docs") / "weights.md"
+from utils import cxcy_to_gcxgcy, cxcy_to_xy, xy_to_cxcy
 
 
 @pytest.fixture(scope="module")
@@ -326,52 +323,3 @@ def test_an_explanation_shows_six_feature_maps(weights, photos, run):
     with Image.open(photos / "a_explained.png") as picture:
         assert picture.width > 3 * 480
         assert picture.height > 2 * 320
-
-
-def test_the_exported_network_gives_the_same_boxes_and_scores(model, tmp_path, monkeypatch, capsys):
-    """Run the exported network with the example of docs/weights.md."""
-    in_order = make_label_map(f"class {number}" for number in range(1, 21))
-    model.label_map = dict(reversed(in_order.items()))
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
-    monkeypatch.chdir(tmp_path)
-    export_onnx(model, model.label_map, "model.onnx")
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["model.onnx", "photo.png"]
-    examples = re.findall(r"```python\n(.*?)```", WEIGHTS_PAGE.read_text(), re.S)
-    (example,) = (example for example in examples if "onnx" in example)
-    assert example.count("\n") <= 10
-    variables = {}
-    exec(example.replace("photo.jpg", "photo.png"), variables)
-    assert capsys.readouterr().out.startswith("class ")
-    no_objects = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
-    image = transform(Image.open("photo.png"), *no_objects, "TEST")[0]
-    for images in (image[None], torch.stack([image, -image, image * 0.5])):
-        boxes, scores = variables["session"].run(None, {"images": images.numpy()})
-        with torch.inference_mode():
-            locs, logits = model(images)
-        expected = cxcy_to_xy(gcxgcy_to_cxcy(locs, model.priors_cxcy))
-        assert np.abs(boxes - expected.numpy()).max() < 1e-4
-        assert np.abs(scores - logits.softmax(dim=2).numpy()).max() < 1e-4
-    assert variables["names"] == list(in_order)
-
-
-def test_the_exported_network_takes_images_of_its_size(tmp_path, monkeypatch):
-    exported = []
-
-    def record(network, inputs, **_):
-        exported.extend(inputs)
-        raise InputError("that is enough")
-
-    monkeypatch.setattr(torch.onnx, "export", record)
-    network = torch.nn.Conv2d(3, 1, 1)
-    network.size = 512
-    with pytest.raises(InputError, match="that is enough"):
-        export_onnx(network, make_label_map(["cat"]), tmp_path / "model.onnx")
-    assert [images.shape for images in exported] == [(2, 3, 512, 512)]
-
-
-def test_a_missing_package_for_the_export_is_named(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(InputError, match="pip install onnx onnxscript"):
-        export_onnx(model, model.label_map, tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == []
