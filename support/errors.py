@@ -29,9 +29,9 @@ class Example(NamedTuple):
     """A wrong detection or a missed object."""
 
     image: int
-    index: int  # of the detection, or of the object, in its image
-    title: str  # class, and score of a detection
-    overlap: str  # of the detection, with what; empty for background and missed objects
+    detection: int | None  # index in its image; None for a missed object
+    object: int | None  # index in its image of the object that it is about; None for background
+    text: str  # class and score of the detection, and its overlap with that object
 
 
 def find_errors(curves, detections, ground_truth, label_map, best_objects, min_overlap):
@@ -105,12 +105,14 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
     by_score = np.argsort(-scores, kind="stable")
     for kind in KINDS:
         for n in by_score[kinds[by_score] == kind][:N_EXAMPLES].tolist():
-            overlap = f"overlap {overlaps[n]:.2f} with {names[true_labels[objects[n]]]}" if kind != "background" else ""
-            example = Example(int(images[n]), int(indices[n]), f"{names[labels[n]]} {scores[n]:.2f}", overlap)
-            examples[kind].append(example)
+            image, text, index = int(images[n]), f"{names[labels[n]]} {scores[n]:.2f}", None
+            if kind != "background":
+                text += f", overlap {overlaps[n]:.2f} with {names[true_labels[objects[n]]]}"
+                index = int(objects[n] - first_object[image])
+            examples[kind].append(Example(image, int(indices[n]), index, text))
     missed = np.flatnonzero(object_kinds == "missed")
     areas = (true_boxes[missed, 2:] - true_boxes[missed, :2]).prod(dim=1).numpy()
     for n in missed[np.argsort(-areas, kind="stable")][:N_EXAMPLES].tolist():
         image = int(true_images[n])
-        examples["missed"].append(Example(image, int(n - first_object[image]), names[true_labels[n]], ""))
+        examples["missed"].append(Example(image, None, int(n - first_object[image]), names[true_labels[n]]))
     return Errors(counts, confusions, examples)

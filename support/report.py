@@ -48,6 +48,8 @@ def write_report(folder, evaluation, errors, dataset):
     """
     figures, jinja2 = import_report_packages()
     results, curves, detections, ground_truth = evaluation
+    names = [name for name, label in dataset.label_map.items() if label]
+    matrix = {truth: [errors.confusions[truth, detected] for detected in names] for truth in names}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
@@ -61,24 +63,16 @@ def write_report(folder, evaluation, errors, dataset):
         error_table=error_rows(errors.counts),
         error_note=ERROR_NOTE,
         confusions=[(*pair, n) for pair, n in errors.confusions.most_common() if pair[0] != pair[1]][:N_SHOWN],
-        names=[name for name, label in dataset.label_map.items() if label],
-        matrix=confusion_matrix(errors.confusions, dataset.label_map),
+        names=names,
+        matrix=matrix if len(names) <= MATRIX_LIMIT else None,
         examples={
-            kind: [show_example(kind, example, detections, ground_truth, dataset) for example in examples]
+            kind: [show_example(example, detections, ground_truth, dataset) for example in examples]
             for kind, examples in errors.examples.items()
         },
     )
     make_folder(folder)
     # Names of files may be in other encodings.
     write_files({os.path.join(folder, "index.html"): page.encode("utf-8", "replace")})
-
-
-def confusion_matrix(confusions, label_map):
-    """Return the rows of the table of confusions: (true class, counts per detected class); None if it is too large."""
-    classes = [name for name, label in label_map.items() if label]
-    if len(classes) > MATRIX_LIMIT:
-        return None
-    return [(truth, [confusions[truth, detected] for detected in classes]) for truth in classes]
 
 
 def draw_curve(figures, curve):
@@ -100,27 +94,25 @@ def draw_curve(figures, curve):
     return _data_uri(file.getvalue(), "svg+xml")
 
 
-def show_example(kind, example, detections, ground_truth, dataset):
-    """Return the picture of an `Example` as a data URI, and its caption.
-
-    A wrong detection is shown among the true objects, a missed object alone.
-    """
+def show_example(example, detections, ground_truth, dataset):
+    """Return the picture of a `support.errors.Example` among the true objects, as a data URI, and its caption."""
+    names = label_names(dataset.label_map)
     boxes, labels, _ = (part[example.image] for part in ground_truth)
-    if kind == "missed":
-        boxes, titles, colors = boxes[example.index][None], [example.title], [MISSED]
+    titles, colors = [""] * len(labels), [RIGHT] * len(labels)  # boxes without a title are thin
+    if example.object is not None:
+        titles[example.object] = names[labels[example.object].item()]
+    if example.detection is None:
+        colors[example.object] = MISSED
     else:
-        names = label_names(dataset.label_map)
-        boxes = torch.cat([detections[0][example.image][example.index][None], boxes])
-        titles = [example.title, *(names[label] for label in labels.tolist())]
-        colors = [WRONG] + [RIGHT] * len(labels)
+        box, label = (part[example.image][example.detection] for part in detections[:2])
+        boxes, titles, colors = torch.cat([box[None], boxes]), [names[label.item()], *titles], [WRONG, *colors]
     path = dataset.images[example.image]
     picture = read_image(path)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     picture = draw_boxes(picture, pixel_boxes(boxes, picture.size).tolist(), titles, colors)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
-    caption = f"{os.path.basename(path)}: {', '.join(filter(None, example[2:]))}"
-    return _data_uri(file.getvalue(), "jpeg"), caption
+    return _data_uri(file.getvalue(), "jpeg"), f"{os.path.basename(path)}: {example.text}"
 
 
 def _data_uri(content, kind):
