@@ -616,6 +616,15 @@ def test_a_wrong_detection_is_of_the_first_kind_that_fits(wrong, others, kind, m
     assert errors.counts["cat"]["right"] == 2
 
 
+def test_the_examples_are_the_highest_scores():
+    scores = np.random.RandomState(0).permutation(20) + 2.0
+    rows = [(MIDDLE, CAT, score) for score in scores] + [(TOP_LEFT, CAT, 1)]
+    errors = errors_of(columns([rows]), columns([[(TOP_LEFT, CAT, 0)]]))
+    assert errors.counts["cat"] == count(right=1, background_=20)
+    expected = sorted(range(20), key=lambda index: -scores[index])[:12]
+    assert located(errors) == {"background": [(0, index) for index in expected]}
+
+
 def test_errors_are_those_of_the_loop_and_add_up(monkeypatch):
     monkeypatch.setattr("support.errors.N_EXAMPLES", 10**6)
     seen = Counter()
