@@ -47,10 +47,12 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
     6. background
 
     This is the order of TIDE's code, except that there a class error goes before a duplicate. In 3 to 5, the object may
-    be difficult or already detected. An object that is not difficult and that no right detection finds is explained if
-    it is the one that a place error overlaps most of its class, or a class error most of all; otherwise it is missed.
-    So "right" + "missed" + "explained" of a class are its objects to detect, and "right" + the other five kinds the
-    detections that count. A class without a right detection has no best F1; none of its detections counts.
+    be difficult or already detected.
+
+    A class error explains the object that it overlaps most, a place error the object of its class that it overlaps
+    most. An object that is not difficult and that no right detection finds is "explained" if an error explains it, else
+    "missed". So "right" + "missed" + "explained" of a class are its objects to detect, and "right" + the other five
+    kinds its detections that count. A class without a right detection has no best F1; none of its detections counts.
 
     :param curves: {class name: utils.Curve}
     :param detections, ground_truth: as from eval.py's `detect_all`
