@@ -58,7 +58,7 @@ from support.results import (
     write_voc_results,
 )
 from support.runs import choose_sources
-from utils import MIN_TRUE_OVERLAP, _best_objects, average_precision, mean_average_precision, precision_recall_curves
+from utils import MIN_TRUE_OVERLAP, average_precision, best_objects, mean_average_precision, precision_recall_curves
 
 # Which detections count: Limits, and the most candidates of each class before suppression (None: all).
 PROTOCOLS = {
@@ -346,7 +346,7 @@ def run(settings, device):
     if rank() > 0:
         return
     results, curves, detections, ground_truth = evaluation
-    errors = find_errors(curves, detections, ground_truth, model.label_map, _best_objects, MIN_TRUE_OVERLAP)
+    errors = find_errors(curves, detections, ground_truth, model.label_map, best_objects, MIN_TRUE_OVERLAP)
     results = {
         "checkpoint": settings.checkpoint, "data_folder": settings.data_folder, "split": settings.split,
         "device": name_hardware(), "processes": n_processes(), "precision": precision,

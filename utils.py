@@ -382,7 +382,7 @@ def precision_recall_curves(
         raise ValueError("a detection or an object has a label that the label map does not have")
 
     # Find the object that each detection overlaps most. Only those of the same image and class, the key, are compared.
-    overlaps, matched = _best_objects(
+    overlaps, matched = best_objects(
         det_image * len(label_map) + det_labels, det_boxes, true_image * len(label_map) + true_labels, true_boxes
     )
 
@@ -432,7 +432,7 @@ def _index_in_group(group):
     return np.arange(len(group)) - np.searchsorted(group, group)
 
 
-def _best_objects(det_keys, det_boxes, true_keys, true_boxes):
+def best_objects(det_keys, det_boxes, true_keys, true_boxes):
     """Find, for each detection, the object with the same key that it overlaps most, the first of equals.
 
     :param det_keys, true_keys: (d,), (n,) integers
@@ -455,22 +455,6 @@ def _best_objects(det_keys, det_boxes, true_keys, true_boxes):
     is_best = (overlaps == best_overlap[detections])[::-1]
     best_object[detections[::-1][is_best]] = objects[::-1][is_best]
     return best_overlap, best_object
-
-
-def best_objects_of_other_classes(det_boxes, det_labels, true_boxes, true_labels):
-    """Find, for each detection, the object of another class that it overlaps most; parameters as for `calculate_mAP`.
-
-    :return: two lists of one array per image: overlaps (d,), and indices (d,) of the objects in their image; 0 and -1
-        for a detection that overlaps no such object
-    """
-    overlaps, indices = [], []
-    for image_boxes, image_labels, boxes, labels in zip(det_boxes, det_labels, true_boxes, true_labels, strict=True):
-        table = find_jaccard_overlap(image_boxes.double(), boxes.double()).nan_to_num(0)
-        table = torch.where(image_labels[:, None] == labels, 0, table)
-        best, index = F.pad(table, (0, 1)).max(dim=1)  # the added column is for an image without objects
-        overlaps.append(best.numpy())
-        indices.append(torch.where(best > 0, index, -1).numpy())
-    return overlaps, indices
 
 
 def mean_average_precision(curves, method="11-point"):

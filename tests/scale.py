@@ -24,12 +24,13 @@ import create_data_lists
 from datasets import PascalVOCDataset
 from eval import score
 from support.annotations import Annotation, label_objects
+from support.errors import find_errors
 from support.labels import make_label_map
 from support.leaks import N_BYTES, find_near_copies
 from support.lists import write_data_lists
 from support.report import write_report
 from support.sources import read_sources
-from utils import best_objects_of_other_classes
+from utils import MIN_TRUE_OVERLAP, best_objects
 
 CLASSES = make_label_map(f"class {number}" for number in range(1, 81))
 SIDE = 640  # of the images that the lists name, pixels
@@ -167,9 +168,9 @@ def measure_stages(n_images, folder):
         "batch_size": 1, "protocol": "exact", "antialias": True, "top_k": 200, "min_score": 0.01, "max_overlap": 0.45,
         "waiting_seconds": 1, "network_seconds": 1, "post_processing_seconds": 1, "processes": 1,
     }  # fmt: skip
-    others = run("confusions", best_objects_of_other_classes, boxes, labels, true_boxes, true_labels)
-    evaluation = (results, curves, detections, ground_truth)
-    run("page", write_report, str(folder / "page"), evaluation, others, dataset, 0.5)
+    errors = run("errors", find_errors, curves, detections, ground_truth, CLASSES, best_objects, MIN_TRUE_OVERLAP)
+    evaluation = (results | {"errors": errors.counts}, curves, detections, ground_truth)
+    run("page", write_report, str(folder / "page"), evaluation, errors, dataset)
     return seconds
 
 

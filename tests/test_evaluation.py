@@ -52,7 +52,7 @@ from support.results import (
 )
 from support.runs import choose_sources
 from support.sample import make_sample
-from utils import MIN_TRUE_OVERLAP, _best_objects, calculate_mAP, precision_recall_curves
+from utils import MIN_TRUE_OVERLAP, best_objects, calculate_mAP, precision_recall_curves
 
 CLASSES = make_label_map(["cat", "<dog>", "cow"])
 NO_DETECTIONS = [torch.zeros(0, 4)], [torch.zeros(0)], [torch.zeros(0)]
@@ -512,7 +512,7 @@ def test_what_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
 
 def errors_of(detections, ground_truth):
     curves = precision_recall_curves(*detections, *ground_truth, label_map=CLASSES)
-    return find_errors(curves, detections, ground_truth, CLASSES, _best_objects, MIN_TRUE_OVERLAP)
+    return find_errors(curves, detections, ground_truth, CLASSES, best_objects, MIN_TRUE_OVERLAP)
 
 
 def columns(images):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import average_precision, best_objects_of_other_classes, calculate_mAP, precision_recall_curves
+from utils import average_precision, calculate_mAP, precision_recall_curves
 
 LABEL_MAP = {"background": 0, "cat": 1, "dog": 2, "cow": 3}
 BOX = [0.1, 0.1, 0.5, 0.5]
@@ -135,32 +135,6 @@ def test_a_curve_tells_the_fate_of_each_detection():
     # A class with difficult objects only has a curve, too, but is not scored.
     assert (cow.right.tolist(), cow.recall.tolist(), cow.is_scored) == ([False], [0], False)
     assert list(curves) == ["cat", "dog", "cow"]
-
-
-def test_the_best_object_of_another_class_is_that_of_the_loop():
-    rng = np.random.RandomState(5)
-    detections, objects = [], []
-    for n_detections, n_objects in ((6, 4), (3, 0), (0, 2), (5, 1), (9, 9)):
-        low = rng.uniform(0, 0.5, (n_detections + n_objects, 2))
-        boxes = np.concatenate([low, low + rng.uniform(0.1, 0.5, low.shape)], axis=1).tolist()
-        labels = rng.randint(1, 4, len(boxes)).tolist()
-        rows = [(box, label, 0) for box, label in zip(boxes, labels, strict=True)]
-        detections.append(rows[:n_detections])
-        objects.append(rows[n_detections:])
-    detections[0].append(([math.nan] * 4, 1, 0))
-    overlaps, indices = best_objects_of_other_classes(*columns(detections)[:2], *columns(objects)[:2])
-    n_matched = 0
-    for image, rows in enumerate(detections):
-        assert overlaps[image].shape == indices[image].shape == (len(rows),)
-        for (box, label, _), overlap, index in zip(rows, overlaps[image], indices[image], strict=True):
-            expected = [
-                reference.jaccard_overlap(box, other) if other_label != label and not math.isnan(box[0]) else 0
-                for other, other_label, _ in objects[image]
-            ]
-            assert overlap == pytest.approx(max(expected, default=0), abs=1e-6)
-            assert index == (np.argmax(expected) if overlap else -1)
-            n_matched += overlap > 0
-    assert n_matched > 10
 
 
 @settings(max_examples=40, deadline=None)
