@@ -5,6 +5,7 @@ write_image(draw_boxes(image, [(48, 240, 195, 371)], ["dog 0.98"], [(255, 0, 0)]
 """
 
 import functools
+import math
 import os
 import unicodedata
 import warnings
@@ -21,6 +22,7 @@ from support.files import InputError, atomic_writer
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # in lower or upper case
 WRITABLE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 GRID_COLOR = (150, 150, 150)
+MOST_HIDDEN, MOST_HIDDEN_OWN = 1 / 20, 2 / 3  # share of a box that the caption of another, and its own, may cover
 TILE_MARGIN, TILE_TITLE_HEIGHT, TILE_TITLE_SIZE = 14, 26, 16  # pixels
 UNKNOWN_CHARACTER = "\U0010ffff"  # no font has it
 
@@ -155,14 +157,18 @@ def _prepare_files(prepare, paths):
     return torch.stack(images), paths, sizes, errors
 
 
-def draw_boxes(image, boxes, captions, colors, grid=0):
+def draw_boxes(image, boxes, captions, colors, grid=0, legend=False):
     """Return an upright RGB copy of an image with boxes and captions drawn into it, the first on top.
+
+    A caption covers no other caption, at most MOST_HIDDEN_OWN of its box, and at most MOST_HIDDEN of any other box that
+    has a caption. If there is no such position at its box, it is left out; with a legend, a number takes its place.
 
     :param image: PIL image of any mode and size
     :param boxes: n boxes, pixel xy of the upright image
-    :param captions: n strings; a box with an empty caption is drawn thin
+    :param captions: n strings; a box with an empty caption is drawn thin, and captions may cover it
     :param colors: n of (red, green, blue), 0-255
     :param grid: number of cells along each side whose borders are drawn first; 0 for none
+    :param legend: list the captions of the numbers in a strip that is added at the right; without it, the size is kept
     """
     canvas = upright_rgb(image).copy()
     draw = ImageDraw.Draw(canvas)
@@ -172,23 +178,21 @@ def draw_boxes(image, boxes, captions, colors, grid=0):
         draw.line([0, y, canvas.width, y], fill=GRID_COLOR)
     line_width = max(2, round(min(canvas.size) / 200))
     font, captions = _fit_captions(captions, canvas.size, line_width)
+    boxes = np.array(boxes, dtype=float).reshape(-1, 4)
+    boxes[:, 2:] = boxes[:, 2:].clip(boxes[:, :2] + 2 * line_width)  # room for the lines of all four sides
+    texts, rectangles = _place_captions(boxes, captions, font, line_width, canvas.size, legend)
     # Write in black or white, whichever is legible: by the luminance of ITU-R BT.601.
     inks = ["black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white" for color in colors]
 
     # Draw all boxes, then all captions, each from the last to the first, so that the first ends up on top.
-    styled = list(zip(boxes, captions, colors, inks, strict=True))
-    for box, caption, color, ink in reversed(styled):
-        _draw_box(draw, box, color, ink, line_width, is_thin=not caption)
-    captioned = [entry for entry in styled if entry[1]]
-    caption_height = sum(font.getmetrics()) + line_width
-    rectangles = []
-    for box, caption, _, _ in captioned:
-        caption_size = font.getlength(caption) + 2 * line_width, caption_height
-        rectangles.append(_find_caption_rectangle(box, caption_size, canvas.size, rectangles))
-    for (_, caption, color, ink), rectangle in reversed(list(zip(captioned, rectangles, strict=True))):
-        draw.rectangle(rectangle, fill=color)
-        draw.text((rectangle[0] + line_width, rectangle[1] + line_width / 2), caption, fill=ink, font=font)
-    return canvas
+    objects = list(zip(captions, texts, colors, inks, boxes.tolist(), rectangles.tolist(), strict=True))
+    for caption, _, color, ink, box, _ in reversed(objects):
+        _draw_box(draw, box, color, ink, line_width if caption else 1)
+    for _, text, color, ink, _, rectangle in reversed(objects):
+        if text:
+            _draw_label(draw, rectangle, text, color, ink, font)
+    numbered = [(text, caption, color, ink) for caption, text, color, ink, *_ in objects if text not in ("", caption)]
+    return _add_legend(canvas, numbered, font, line_width) if numbered else canvas
 
 
 def _fit_captions(captions, image_size, line_width):
@@ -215,44 +219,104 @@ def _replace_unknown_characters(text, font):
     return "".join(characters)
 
 
-def _draw_box(draw, box, color, ink, line_width, is_thin):
+def _draw_box(draw, box, color, ink, line_width):
     """Draw a box, pixel xy, between two lines of ink, so that it shows on any background."""
     x_min, y_min, x_max, y_max = box
-    x_max, y_max = max(x_max, x_min + 2 * line_width), max(y_max, y_min + 2 * line_width)
-    line_width = 1 if is_thin else line_width
     draw.rectangle([x_min - 1, y_min - 1, x_max + 1, y_max + 1], outline=ink, width=line_width + 2)
     draw.rectangle([x_min, y_min, x_max, y_max], outline=color, width=line_width)
 
 
-def _find_caption_rectangle(box, caption_size, image_size, taken):
-    """Return the rectangle, pixel xy inside the image, for the caption of a box.
+def _label_size(text, font, line_width):
+    """Return the (width, height) of the rectangle of a text."""
+    return font.getlength(text) + 2 * line_width, sum(font.getmetrics()) + line_width
 
-    It is at a corner of the box, where it covers least of the captions already placed.
 
-    :param box: pixel xy
-    :param caption_size, image_size: (width, height)
-    :param taken: rectangles of the captions already placed, pixel xy
+def _draw_label(draw, rectangle, text, color, ink, font):
+    """Draw a filled rectangle, pixel xy, with a text in its middle."""
+    x_min, y_min, x_max, y_max = rectangle
+    draw.rectangle(rectangle, fill=color, outline=ink)
+    draw.text(((x_min + x_max) / 2, (y_min + y_max) / 2), text, fill=ink, font=font, anchor="mm")
+
+
+def _place_captions(boxes, captions, font, line_width, image_size, legend):
+    """Return what to write at each of n boxes, a caption, a number or "", and its rectangle (n, 4), pixel xy.
+
+    The parameters are those of `draw_boxes`.
     """
-    x_min, y_min, x_max, y_max = box
-    (width, height), (image_width, image_height) = caption_size, image_size
-    best, least_cost = None, None
-    # Try above the box, at its top inside, below it and at its bottom inside; each at its left, then at its right.
-    for y in (y_min - height, y_min, y_max, y_max - height):
-        for x in (x_min, x_max - width):
-            x_inside, y_inside = max(0, min(x, image_width - width)), max(0, min(y, image_height - height))
-            rectangle = [x_inside, y_inside, x_inside + width, y_inside + height]
-            cost = sum(_intersection_area(rectangle, other) for other in taken)
-            cost += abs(y - y_inside) * width  # moved vertically into the image, a caption covers its own box
-            if least_cost is None or cost < least_cost:
-                best, least_cost = rectangle, cost
-    return best
+    drawn = (boxes + (-1, -1, 1, 1)).clip(0, image_size * 2)  # with the outer line
+    drawn[[not caption for caption in captions]] = 0  # nothing to keep visible
+    texts, rectangles = [""] * len(captions), np.zeros((len(captions), 4))
+    n_numbers = 0
+    for index, text in enumerate(captions):
+        if not text:
+            continue
+        size = _label_size(text, font, line_width)
+        rectangle, is_free = _find_rectangle(size, index, drawn, rectangles, image_size)
+        if legend and not is_free:
+            n_numbers += 1
+            text = str(n_numbers)
+            size = _label_size(text, font, line_width)
+            rectangle, _ = _find_rectangle(size, index, drawn, rectangles, image_size)
+        if legend or is_free:
+            texts[index], rectangles[index] = text, rectangle
+    return texts, rectangles
 
 
-def _intersection_area(box_1, box_2):
-    """Return the area that two boxes, xy, share."""
-    width = min(box_1[2], box_2[2]) - max(box_1[0], box_2[0])
-    height = min(box_1[3], box_2[3]) - max(box_1[1], box_2[1])
-    return max(0, width) * max(0, height)
+def _find_rectangle(size, index, boxes, taken, image_size):
+    """Return the rectangle, pixel xy, where a text at a box hides least, and whether it leaves the others visible.
+
+    :param size, image_size: (width, height); the rectangle is inside the image
+    :param index: of the box in `boxes`
+    :param boxes: (n, 4), pixel xy inside the image
+    :param taken: (m, 4), rectangles of other texts, pixel xy
+    """
+    (width, height), (x_min, y_min, x_max, y_max) = size, boxes[index]
+    x_center, y_center = (x_min + x_max - width) / 2, (y_min + y_max - height) / 2
+    # Above the box, at its top inside, below it, at its bottom inside; then at its right and at its left.
+    corners = [
+        *((x, y) for y in (y_min - height, y_min, y_max, y_max - height) for x in (x_min, x_max - width, x_center)),
+        *((x, y) for x in (x_max, x_min - width) for y in (y_min, y_max - height, y_center, y_min - height, y_max)),
+    ]
+    corners = np.clip(corners, 0, np.subtract(image_size, size).clip(0))
+    rectangles = np.concatenate([corners, corners + size], axis=1)
+
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    hidden = _intersection_areas(rectangles, boxes) / areas.clip(1)  # share of each box
+    own, hidden[:, index] = hidden[:, index].copy(), 0
+    overlap = _intersection_areas(rectangles, taken).sum(axis=1) / (width * height)
+    is_free = (hidden.max(axis=1) <= MOST_HIDDEN) & (own <= MOST_HIDDEN_OWN) & (overlap == 0)
+    cost = hidden.sum(axis=1) + overlap + np.where(own > MOST_HIDDEN, own, 0)
+    best = np.lexsort([cost, ~is_free])[0]  # one that is free, if any; of those that cost least, the first
+    return rectangles[best], is_free[best]
+
+
+def _intersection_areas(boxes_1, boxes_2):
+    """Return the areas (n, m) that boxes (n, 4) share with boxes (m, 4), xy."""
+    widths = np.minimum(boxes_1[:, 2, None], boxes_2[:, 2]) - np.maximum(boxes_1[:, 0, None], boxes_2[:, 0])
+    heights = np.minimum(boxes_1[:, 3, None], boxes_2[:, 3]) - np.maximum(boxes_1[:, 1, None], boxes_2[:, 1])
+    return widths.clip(0) * heights.clip(0)
+
+
+def _add_legend(picture, entries, font, line_width):
+    """Return a picture with a white strip at its right that lists what its numbers stand for.
+
+    :param entries: (number, caption, color, ink) of each
+    """
+    margin = 3 * line_width
+    number_width, label_height = max(_label_size(number, font, line_width) for number, *_ in entries)
+    caption_width = max(font.getlength(caption) for _, caption, *_ in entries)
+    row_height, column_width = label_height + line_width, margin + number_width + line_width + caption_width
+    n_rows = max(1, int(picture.height // row_height))
+    strip_width = math.ceil(math.ceil(len(entries) / n_rows) * column_width + margin)
+    extended = Image.new("RGB", (picture.width + strip_width, picture.height), "white")
+    extended.paste(picture)
+    draw = ImageDraw.Draw(extended)
+    for index, (number, caption, color, ink) in enumerate(entries):
+        column, row = divmod(index, n_rows)
+        x, y = picture.width + margin + column * column_width, row * row_height
+        _draw_label(draw, [x, y, x + number_width, y + label_height], number, color, ink, font)
+        draw.text((x + number_width + line_width, y + label_height / 2), caption, fill="black", font=font, anchor="lm")
+    return extended
 
 
 def tile(tiles, columns, side):

@@ -17,7 +17,7 @@ from detect import detect, example_pictures, explain, find_in_files, find_object
 from model import DETECTION_LIMITS, FEATURE_MAPS, SSD300, Limits, create_prior_boxes
 from support.checkpoints import save_weights
 from support.files import InputError
-from support.images import _find_caption_rectangle, _replace_unknown_characters, draw_boxes, read_image
+from support.images import _place_captions, _replace_unknown_characters, draw_boxes, read_image
 from support.labels import label_color_map, label_names, make_label_map
 from utils import cxcy_to_gcxgcy, cxcy_to_xy, xy_to_cxcy
 
@@ -214,22 +214,105 @@ def test_a_copy_that_cannot_be_written_is_named_and_the_others_are_written(tmp_p
     assert sorted(os.listdir(folder)) == ["a.jpg", "b.jpg", "c.jpg"]
 
 
+IMAGE_SIZE = 300, 200
+
+
+def place(boxes, captions, legend=True):
+    """Texts and rectangles of captions in an image of IMAGE_SIZE."""
+    font = ImageFont.load_default(10)
+    return _place_captions(np.array(boxes, dtype=float), captions, font, 2, IMAGE_SIZE, legend)
+
+
+def shared_area(box, other):
+    width, height = (min(box[side + 2], other[side + 2]) - max(box[side], other[side]) for side in (0, 1))
+    return max(0, width) * max(0, height)
+
+
 @pytest.mark.parametrize(
-    "box", [(0, 0, 20, 20), (180, 0, 200, 20), (0, 80, 200, 100), (90, 40, 110, 60), (-9, -9, 300, 300)]
+    "box", [(0, 0, 20, 20), (280, 0, 300, 20), (0, 180, 20, 200), (140, 90, 160, 110), (-9, -9, 400, 400)]
 )
 def test_a_caption_is_inside_the_image(box):
-    x_min, y_min, x_max, y_max = _find_caption_rectangle(box, (60, 12), (200, 100), [])
-    assert 0 <= x_min < x_max <= 200
-    assert 0 <= y_min < y_max <= 100
+    (text,), (rectangle,) = place([box], ["person 0.99"])
+    assert text == "person 0.99"
+    assert 0 <= rectangle[0] < rectangle[2] <= 300
+    assert 0 <= rectangle[1] < rectangle[3] <= 200
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_captions_cover_neither_other_objects_nor_captions(seed):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, (280, 180), (40, 2))
+    boxes = np.concatenate([low, low + rng.choice([8, 20, 60, 150], (40, 2))], axis=1).clip(0, IMAGE_SIZE * 2)
+    drawn = (boxes + (-1, -1, 1, 1)).clip(0, IMAGE_SIZE * 2)  # the line of a box extends one pixel beyond it
+    captions = [f"cat {score:.2f}" for score in rng.uniform(0, 1, 40)]
+    texts, rectangles = place(boxes, captions)
+    own = [index for index in range(40) if texts[index] == captions[index]]
+    assert 4 < len(own) < 36
+    for index in own:
+        for other in range(40):
+            if other != index:
+                assert shared_area(rectangles[index], rectangles[other]) == 0 or texts[other] != captions[other]
+                assert shared_area(rectangles[index], drawn[other]) <= shared_area(drawn[other], drawn[other]) / 20
+    numbers = [text for text, caption in zip(texts, captions, strict=True) if text != caption]
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+    without_legend, _ = place(boxes, captions, legend=False)
+    assert set(without_legend) <= {*captions, ""}
+    assert "" in without_legend
+
+
+def test_a_number_takes_the_place_of_a_caption_only_if_all_positions_are_taken():
+    center, caption = (140, 90, 160, 110), "a long name 0.99"
+    # Boxes of 16 x 16 pixels at distances of 20 leave room for a number between them, and not for a caption.
+    neighbours = [
+        (x, y, x + 16, y + 16) for x in range(42, 250, 20) for y in (72, 92, 112) if not (122 < x < 162 and y == 92)
+    ]
+    texts, rectangles = place([center, *neighbours], [caption, *["b"] * len(neighbours)])
+    assert texts[0] == "1"
+    assert all(shared_area(rectangles[0], box) == 0 for box in neighbours)
+    for row in (72, 112):  # above and below
+        others = [box for box in neighbours if box[1] != row]
+        texts, _ = place([center, *others], [caption, *["b"] * len(others)])
+        assert texts[0] == caption
+    assert place([center, *neighbours], [caption, *[""] * len(neighbours)])[0][0] == caption  # drawn thin
 
 
 def test_captions_of_equal_boxes_do_not_overlap():
-    box, taken = (50, 40, 150, 90), []
-    for _ in range(6):
-        rectangle = _find_caption_rectangle(box, (45, 12), (300, 200), taken)
-        for x_min, y_min, x_max, y_max in taken:
-            assert rectangle[0] >= x_max or rectangle[2] <= x_min or rectangle[1] >= y_max or rectangle[3] <= y_min
-        taken.append(rectangle)
+    texts, rectangles = place([(50, 40, 150, 90)] * 6, ["cat 0.5"] * 6)
+    assert texts == ["cat 0.5"] * 6
+    assert all(shared_area(rectangles[i], rectangles[j]) == 0 for i in range(6) for j in range(i))
+
+
+def crowd():
+    """60 boxes of 14 x 14 pixels in a black image, so close that few captions have room; colours that differ."""
+    boxes = [(x, y, x + 14, y + 14) for y in range(30, 180, 30) for x in range(12, 372, 30)]
+    colors = [(255, 60 + 3 * number, 0) for number in range(60)]
+    return Image.new("RGB", (400, 200)), boxes, [f"person 0.{number}" for number in range(40, 100)], colors
+
+
+@pytest.mark.parametrize("legend", [False, True])
+def test_small_objects_stay_visible_in_a_crowd(legend):
+    picture = np.asarray(draw_boxes(*crowd(), legend=legend))
+    for x_min, y_min, x_max, y_max in crowd()[1]:
+        assert not picture[y_min + 3 : y_max - 2, x_min + 3 : x_max - 2].any()
+
+
+def test_every_object_has_its_caption_or_is_in_the_legend():
+    image, boxes, captions, colors = crowd()
+    plain, with_legend = (
+        draw_boxes(image, boxes, captions, colors),
+        draw_boxes(image, boxes, captions, colors, legend=True),
+    )
+    assert plain.size == image.size
+    assert with_legend.height == image.height
+    strip = np.asarray(with_legend)[:, image.width :]
+    listed = [(strip == color).all(axis=2).any() for color in colors]
+    # A caption has more pixels of its colour than its box and a number.
+    pixels = np.asarray(with_legend)[:, : image.width]
+    captioned = [(pixels == color).all(axis=2).sum() > 400 for color in colors]
+    assert listed == [not has_caption for has_caption in captioned]
+    assert 5 < sum(listed) < 60
+    assert (strip[:, -5:] == 255).all()  # the names are not cut off
+    assert draw_boxes(image, boxes[:1], captions[:1], colors[:1], legend=True).size == image.size
 
 
 def test_characters_that_the_font_lacks_are_written_as_escapes():
@@ -254,9 +337,14 @@ def test_the_first_box_is_on_top():
 
 
 @pytest.mark.parametrize("text", ["", "x" * 500, "a\nb", "ﷺ", "🙂🙂"])
-def test_any_text_can_be_drawn(text):
-    picture = draw_boxes(Image.new("RGB", (80, 60)), [(1, 1, 70, 50)], [text], [(255, 0, 0)])
+@pytest.mark.parametrize("grid", [0, 3])
+def test_any_text_can_be_drawn(text, grid):
+    picture = draw_boxes(Image.new("RGB", (80, 60)), [(1, 1, 70, 50)], [text], [(255, 0, 0)], grid)
     assert (np.asarray(picture)[..., 0] > 200).any()
+    crowded = draw_boxes(
+        Image.new("RGB", (80, 60)), [(30, 20, 40, 30)] * 99, [text] * 99, [(255, 0, 0)] * 99, grid, True
+    )
+    assert (crowded.width > 80) == bool(text)
 
 
 class DetectFromPriors(SSD300):
