@@ -2,6 +2,7 @@
 
 python tests/benchmark.py
 python tests/benchmark.py --data-folder data/voc --device cuda --compile
+python tests/benchmark.py --inference runs/voc/checkpoint.pth
 
 The figures of a ratio are measured in the same run on the same machine. Ratios differ between machines. It ends within
 nine minutes: a part that fails or exceeds its budget loses only its own rows, and the last lines name it.
@@ -14,7 +15,6 @@ import json
 import os
 import platform
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -29,6 +29,9 @@ import torchvision
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from inference import time_inference
+from timing import Timetable, print_row, seconds
 
 import eval as eval_script
 import train
@@ -65,61 +68,6 @@ STEPS = [
     *((n_images, FAST) for n_images in (1, 8, 128)),
 ]
 COMPILED_STEPS = [(n_images, COMPILED) for n_images in (32, 8, 1, 128)]
-
-
-class OutOfTime(BaseException):
-    """A part has used its budget. Not an Exception, so that no library takes it for a failure of its own."""
-
-
-class Timetable:
-    """Runs parts of the benchmark, each within a budget of seconds, and notes those that were skipped.
-
-    :param seconds: budget of all parts together
-    """
-
-    def __init__(self, seconds):
-        self.end = time.perf_counter() + seconds
-        self.skipped = []
-
-    def run(self, name, function, *arguments, seconds=60):
-        """Return the function's result, or None if it fails, takes more than its seconds, or no time is left."""
-        seconds = min(seconds, self.end - time.perf_counter())
-        if seconds <= 0:
-            self.skipped.append(f"{name}: no time left")
-            return None
-
-        def stop(*_):
-            raise OutOfTime
-
-        earlier = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            return function(*arguments)
-        except OutOfTime:
-            self.skipped.append(f"{name}: not done after {seconds:.0f} s")
-        except (InputError, RuntimeError) as error:
-            self.skipped.append(f"{name}: {str(error).strip().splitlines()[0]}")
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, earlier)
-        return None
-
-
-def seconds(*functions, rounds=7):
-    """Return the median time of each function; they run in turn, after one warm-up round."""
-    times = [[] for _ in functions]
-    for number in range(rounds + 1):
-        for function, taken in zip(functions, times, strict=True):
-            started = time.perf_counter()
-            function()
-            if number:
-                taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
-
-
-def print_row(part, theirs, ours, ratio):
-    """Print a row of the table."""
-    print(f"{part:58} {theirs:>26} {ours:>22} {ratio:>26}", flush=True)
 
 
 def random_batch(n_images, device="cpu"):
@@ -412,6 +360,8 @@ def main():
     parser.add_argument("--data-folder", help="folder with the lists of a data set [temporary synthetic images]")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda adds training and evaluation")
     parser.add_argument("--compile", action="store_true", help="also time the compiled network")
+    parser.add_argument("--inference", nargs="?", const="untrained", metavar="CHECKPOINT",
+        help="time detection on the CPU, and nothing else, with this network [untrained]")  # fmt: skip
     settings = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}")  # fmt: skip
@@ -421,12 +371,16 @@ def main():
         make_deterministic()  # must precede the first CUDA call
         torch.use_deterministic_algorithms(False)
         print(torch.cuda.get_device_name())
-    print_row("part", "loop version or bound", "ours", "ratio")
+    print_row("part", "PyTorch" if settings.inference else "loop version or bound", "ours", "ratio")
     timetable = Timetable(LONGEST)
     with tempfile.TemporaryDirectory() as folder:
         if not settings.data_folder:
             make_sample(folder, n_train=128, n_test=32)
-        time_all(settings.data_folder or folder, torch.device(settings.device), settings.compile, timetable)
+        data_folder = settings.data_folder or folder
+        if settings.inference:
+            time_inference(data_folder, settings.inference, timetable)
+        else:
+            time_all(data_folder, torch.device(settings.device), settings.compile, timetable)
     for skipped in timetable.skipped:
         print(f"skipped: {skipped}")
 
