@@ -190,7 +190,7 @@ def draw_boxes(image, boxes, captions, colors, grid=0, legend=False):
         _draw_box(draw, box, color, ink, line_width if caption else 1)
     for _, text, color, ink, _, rectangle in reversed(objects):
         if text:
-            _draw_label(draw, rectangle, text, color, ink, font)
+            _draw_label(draw, rectangle, text, color, ink, font, line_width)
     numbered = [(text, caption, color, ink) for caption, text, color, ink, *_ in objects if text not in ("", caption)]
     return _add_legend(canvas, numbered, font, line_width) if numbered else canvas
 
@@ -231,10 +231,11 @@ def _label_size(text, font, line_width):
     return font.getlength(text) + 2 * line_width, sum(font.getmetrics()) + line_width
 
 
-def _draw_label(draw, rectangle, text, color, ink, font):
-    """Draw a filled rectangle, pixel xy, with a text in its middle."""
-    x_min, y_min, x_max, y_max = rectangle
-    draw.rectangle(rectangle, fill=color, outline=ink)
+def _draw_label(draw, rectangle, text, color, ink, font, line_width):
+    """Draw a text on a filled rectangle, pixel xy; ink at its right and bottom separates it from its neighbours."""
+    x_min, y_min, x_max, y_max = np.subtract(rectangle, (0, 0, line_width / 2, line_width / 2)).tolist()
+    draw.rectangle(rectangle, fill=ink)
+    draw.rectangle([x_min, y_min, x_max, y_max], fill=color)
     draw.text(((x_min + x_max) / 2, (y_min + y_max) / 2), text, fill=ink, font=font, anchor="mm")
 
 
@@ -314,7 +315,7 @@ def _add_legend(picture, entries, font, line_width):
     for index, (number, caption, color, ink) in enumerate(entries):
         column, row = divmod(index, n_rows)
         x, y = picture.width + margin + column * column_width, row * row_height
-        _draw_label(draw, [x, y, x + number_width, y + label_height], number, color, ink, font)
+        _draw_label(draw, [x, y, x + number_width, y + label_height], number, color, ink, font, line_width)
         draw.text((x + number_width + line_width, y + label_height / 2), caption, fill="black", font=font, anchor="lm")
     return extended
 
