@@ -223,7 +223,7 @@ def make_lists(settings):
             arrays = as_arrays(create_prior_boxes(family, size), size)
             return float((best_prior_overlaps(boxes, arrays, jaccard_overlap) < threshold).mean())
 
-        print_advice(boxes, settings.size, PRIOR_FAMILIES, shares["TRAIN"], count_share)
+        print_advice(boxes, settings.size, PRIOR_FAMILIES, count_share)
 
 
 def as_arrays(priors, size):
