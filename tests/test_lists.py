@@ -200,6 +200,7 @@ def test_the_name_of_a_split_is_accepted_in_any_case(split, lists):
         ("TEST_objects.json", [{"boxes": {}, "labels": [], "difficulties": []}] * 2, "are not valid"),
         ("TEST_objects.json", ["cat", "dog"], "are not valid"),
         ("TEST_objects.json", [EMPTY | {"more": EMPTY}] * 2, "are not valid"),
+        ("TEST_objects.json", [EMPTY, EMPTY | {"areas": []}], "b.jpg are not valid"),
         ("TEST_objects.json", [True, EMPTY], "are not valid"),
         ("TEST_objects.json", [True, {"more": EMPTY} | EMPTY], "are not valid"),
     ],
