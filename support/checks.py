@@ -81,35 +81,32 @@ def check_images(splits):
         paths, batch_size=None, collate_fn=_read_facts, num_workers=count_cores(), worker_init_fn=ignore_signals
     )
     facts = dict(zip(paths, tqdm(loader, "images", unit="", leave=False, disable=None), strict=True))
-    odd, near_copies = defaultdict(list), []
-    for annotations in splits.values():
+    odd, near_copies, readable = defaultdict(list), [], {split: {} for split in splits}  # a dict has each image once
+    for split, annotations in splits.items():
         for annotation in annotations:
-            stated, (size, _, _, problem) = annotation.size, facts[annotation.image]
-            if problem:
-                if UNREADABLE_IMAGE not in dict(annotation.problems):
-                    annotation.problems.append((UNREADABLE_IMAGE, problem))
-                continue
-            if stated and size != stated:
-                line = f"{annotation.path}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
-                odd["size in the annotation that is not the image's"].append(line)
-            annotation.size = size
-    readable = {
-        split: [path for path in dict.fromkeys(annotation.image for annotation in annotations) if facts[path][0]]
-        for split, annotations in splits.items()
-    }
+            stated, (size, digest, image_hash, problem) = annotation.size, facts[annotation.image]
+            if problem is None:
+                readable[split][annotation.image] = digest, image_hash
+                annotation.size = size
+                if stated not in (None, size):
+                    line = f"{annotation.path}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
+                    odd["size in the annotation that is not the image's"].append(line)
+            elif UNREADABLE_IMAGE not in dict(annotation.problems):
+                annotation.problems.append((UNREADABLE_IMAGE, problem))
     for one, other in itertools.combinations(splits, 2):
-        digests = {facts[path][1]: path for path in readable[one]}
-        copies = {path: digests[facts[path][1]] for path in readable[other] if facts[path][1] in digests}
-        odd[f"same image in {one} and {other}"] += [
-            f"{path}: same as {twin}" for path, twin in copies.items() if path != twin
-        ]
-        rest = [path for path in readable[other] if path not in copies]
-        pairs = find_near_copies(*([facts[path][2] for path in paths] for paths in (readable[one], rest)))
+        originals = {digest: path for path, (digest, _) in readable[one].items()}
+        rest = {}  # of the other split: images of which there is no exact copy
+        for path, (digest, image_hash) in readable[other].items():
+            if digest not in originals:
+                rest[path] = image_hash
+            elif originals[digest] != path:
+                odd[f"same image in {one} and {other}"].append(f"{path}: same as {originals[digest]}")
+        pairs = find_near_copies([image_hash for _, image_hash in readable[one].values()], list(rest.values()))
         share = len(pairs) / max(1, len(readable[other]))
-        problem = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
-        for index, twin_index, distance in pairs:
-            path, twin = rest[index], readable[one][twin_index]
-            odd[problem].append(f"{path}: like {twin}")
+        paths_1, paths_2 = list(readable[one]), list(rest)
+        for index_2, index_1, distance in pairs:
+            path, twin = paths_2[index_2], paths_1[index_1]
+            odd[f"nearly the same image in {one} and {other}, {share:.1%} of {other}"].append(f"{path}: like {twin}")
             near_copies.append((other, path, one, twin, distance))
     near_copies.sort(key=lambda pair: pair[-1])
     return _without_duplicates(odd), near_copies
@@ -151,11 +148,9 @@ def _describe_object(annotation, item):
 def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
     """Report small objects; return boxes and highest overlaps of all objects, as `check` does for a split."""
     pairs = [(annotation, item) for annotation in annotations if annotation.size for item in annotation.objects]
-    pixels, sizes = (
-        np.array(values, np.float64).reshape(-1, length)
-        for values, length in (([item.box for _, item in pairs], 4), ([annotation.size for annotation, _ in pairs], 2))
-    )
-    boxes = (pixels / np.tile(sizes, 2)).clip(0, 1)
+    pixels = np.array([item.box for _, item in pairs], float).reshape(-1, 4)
+    sizes = np.array([annotation.size * 2 for annotation, _ in pairs], float).reshape(-1, 4)
+    boxes = (pixels / sizes).clip(0, 1)
     overlaps = best_prior_overlaps(boxes, priors, jaccard_overlap)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)  # 0 for boxes outside the image
     smallest = min(feature_map[..., 2:].prod(axis=-1).min() for feature_map in priors)

@@ -1,11 +1,10 @@
 """Class labels: VOC's names, label maps (class name -> index), and colours."""
 
 import colorsys
-import json
 
 import numpy as np
 
-from support.files import InputError, read_text
+from support.files import InputError, read_json, read_text
 
 # The 20 classes of Pascal VOC, in the order of the development kit.
 voc_labels = (
@@ -52,7 +51,7 @@ def check_label_map(label_map, source):
 
 
 def read_labels(path):
-    """Return the label map of a file: one class name per line, a JSON list of names, or a JSON label map.
+    """Return the label map of a file: one class name per line, or a label map in JSON.
 
     :raises InputError: naming the file, if it is none of these
     """
@@ -60,19 +59,13 @@ def read_labels(path):
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read class names ({error}); use a text file, one name per line") from error
-    if text.lstrip().startswith(("{", "[")):
-        try:
-            labels = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: neither JSON ({error}) nor one class name per line; correct it") from error
-        if isinstance(labels, dict):
-            check_label_map(labels, path)
-            return labels
-    else:
-        labels = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    names = [name for name in labels if name != "background"]
-    are_names = all(type(name) is str and name for name in names)
-    if not names or not are_names or len(set(names)) < len(names):
+    if text.lstrip().startswith("{"):
+        labels = read_json(path, "correct it")
+        check_label_map(labels, path)
+        return labels
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    names = [name for name in lines if name != "background"]
+    if not names or len(set(names)) < len(names):
         raise InputError(f"{path}: expected class names, each once; correct it")
     return make_label_map(names)
 

@@ -96,7 +96,9 @@ def read_split(root, split=None, zero_based=False, classes=None):
             lines = [line.strip() for line in read_text(source).split("\n") if line.strip()]
         if any("\0" in line for line in lines):
             raise ValueError("it has null bytes")
-        images = _list_images(os.path.join(root, "JPEGImages"))
+        folder = os.path.join(root, "JPEGImages")
+        # Of images that differ in their suffix alone, the first counts.
+        images = {os.path.splitext(os.path.relpath(path, folder))[0]: path for path in reversed(find_images(folder))}
     except (OSError, ValueError) as error:
         kind = "split" if split else "folder"
         raise InputError(f"{source}: cannot read this {kind} ({error}); {root} must be in VOC's layout") from error
@@ -105,7 +107,7 @@ def read_split(root, split=None, zero_based=False, classes=None):
     annotations = []
     for line in tqdm(lines, "annotations", unit="", leave=False, disable=None):
         name = line if line in images else SUFFIX_OR_FLAG.sub("", line)
-        image = images.get(name) or os.path.join(root, "JPEGImages", f"{line:.200}.jpg")
+        image = images.get(name) or os.path.join(folder, f"{line:.200}.jpg")
         annotation = read_annotation(os.path.join(root, "Annotations", f"{name}.xml"), zero_based, classes, image)
         if name not in images:
             message = f"{image}: no such image, but {source} names it; add the image or remove it there"
@@ -114,17 +116,8 @@ def read_split(root, split=None, zero_based=False, classes=None):
     return annotations
 
 
-def _list_images(folder):
-    """Return name without suffix -> path of the images in a folder; of several suffixes the first in IMAGE_SUFFIXES."""
-    parts = [os.path.splitext(path) for path in find_images(folder)]
-    return {
-        os.path.relpath(stem, folder): stem + suffix
-        for known in reversed(IMAGE_SUFFIXES) for stem, suffix in parts if suffix.lower() == known
-    }  # fmt: skip
-
-
-def create_data_lists(train, test, output_folder, label_map=label_map):
-    """Write the JSON lists that the data set reads: all five files, or none if anything is wrong.
+def create_data_lists(train, test, output_folder, label_map=label_map, validation=()):
+    """Write the JSON lists that the data set reads: all files, or none if anything is wrong.
 
     The files are {TRAIN,TEST}_images.json (absolute paths), {TRAIN,TEST}_objects.json (what `parse_annotation` returns,
     one per image) and label_map.json. Images without objects are kept.
@@ -133,10 +126,11 @@ def create_data_lists(train, test, output_folder, label_map=label_map):
     :param test: the same for testing
     :param output_folder: is made if it does not exist
     :param label_map: class name -> index
+    :param validation: the same as `train` for validation; without it there are no VAL lists
     :return: {"TRAIN": (images, objects), "TEST": (images, objects)}, the lists that were written
     :raises InputError: naming the file, if one is missing or not valid
     """
-    folders = {"TRAIN": train, "TEST": test}
+    folders = {"TRAIN": train, "VAL": validation, "TEST": test} if validation else {"TRAIN": train, "TEST": test}
     splits = {
         split: [annotation for root, name in named for annotation in read_split(root, name)]
         for split, named in folders.items()
