@@ -106,14 +106,12 @@ def parse_arguments(arguments=None):
 def _parse_share(sources):
     """Return the share that --validation was given, or None if it was given sources or nothing."""
     try:
-        share = float(sources[0]) if sources else None
-    except ValueError:
+        (share,) = map(float, sources or ())
+    except ValueError:  # not a single number
         return None
-    if share is None or len(sources) > 1:
-        return None
-    if not 0 < share < 1 and not os.path.isdir(sources[0]):
-        raise InputError(f"--validation {sources[0]}: a share must lie between 0 and 1")
-    return share if 0 < share < 1 else None
+    if not 0 < share < 1:
+        raise InputError(f"--validation {sources[0]}: a share must lie between 0 and 1; a folder 2007 is ./2007")
+    return share
 
 
 def _complete_sources(settings):

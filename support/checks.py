@@ -29,7 +29,6 @@ N_SHOWN = 5  # lines to print of each problem
 TILE = 420  # side of a preview's pictures, pixels
 REFUSED = "This makes training impossible, so no lists are written (--drop-invalid leaves it out):"
 DROPPED = "This makes training impossible and is left out; dropped.json names all of it:"
-CHUNK = 10_000  # boxes to compare with the priors at a time, which bounds the memory
 
 
 def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
@@ -127,10 +126,8 @@ def _check_boxes(annotation, odd):
     path, size = annotation.path, annotation.size
     if annotation.n_below:
         hint = ", where VOC begins (0-based? then give --zero-based)" if annotation.first_pixel else ""
-        n_boxes = len(annotation.objects)
-        odd[f"box that begins below {annotation.first_pixel}{hint}"].append(
-            f"{path}: {annotation.n_below} of {n_boxes}"
-        )
+        line = f"{path}: {annotation.n_below} of {len(annotation.objects)}"
+        odd[f"box that begins below {annotation.first_pixel}{hint}"].append(line)
     for (name, *box), count in Counter((item.name, *item.box) for item in annotation.objects).items():
         if count > 1:
             odd["duplicate box"].append(f"{path}: {name} {box}, {count} times")
@@ -170,18 +167,15 @@ def best_prior_overlaps(boxes, priors, jaccard_overlap):
     :param priors, jaccard_overlap: see `check`
     """
     best = np.zeros(len(boxes))
-    for first in range(0, len(boxes), CHUNK):
-        chunk = boxes[first : first + CHUNK]
-        middles_x, middles_y = (chunk[:, 0] + chunk[:, 2]) / 2, (chunk[:, 1] + chunk[:, 3]) / 2
-        for feature_map in priors:
-            centers_x, centers_y = feature_map[0, :, 0, 0], feature_map[:, 0, 0, 1]
-            nearest_x = centers_x[np.abs(middles_x[:, None] - centers_x).argmin(axis=1)]
-            nearest_y = centers_y[np.abs(middles_y[:, None] - centers_y).argmin(axis=1)]
-            nearest = np.stack([nearest_x, nearest_y], axis=1)
-            for sides in feature_map[0, 0, :, 2:]:
-                prior = np.concatenate([nearest - sides / 2, nearest + sides / 2], axis=1)
-                overlaps = jaccard_overlap(chunk, prior)
-                best[first : first + CHUNK] = np.maximum(best[first : first + CHUNK], overlaps)
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    for feature_map in priors:
+        nearest = np.empty_like(middles)
+        for axis, centers in enumerate((feature_map[0, :, 0, 0], feature_map[:, 0, 0, 1])):  # x, y; ascending
+            borders = (centers[:-1] + centers[1:]) / 2
+            nearest[:, axis] = centers[np.searchsorted(borders, middles[:, axis])]
+        for sides in feature_map[0, 0, :, 2:]:
+            prior = np.concatenate([nearest - sides / 2, nearest + sides / 2], axis=1)
+            best = np.maximum(best, jaccard_overlap(boxes, prior))
     return best
 
 

@@ -337,12 +337,14 @@ def test_one_training_image_cannot_be_divided(divided, tmp_path):
                 "--output-folder", tmp_path / "lists")  # fmt: skip
 
 
-def test_a_folder_whose_name_is_a_number_is_a_source_unless_it_looks_like_a_share(divided, monkeypatch):
+def test_a_number_is_a_share_and_a_path_to_a_folder_with_such_a_name_a_source(divided, monkeypatch):
     monkeypatch.chdir(divided.parent)
     divided.rename("2007")
     arguments = ["--voc07", "2007", "--output-folder", "lists", "--validation"]
-    assert len(script.read_splits(script.parse_arguments([*arguments, "2007"]), None)["VAL"]) == 5
+    assert len(script.read_splits(script.parse_arguments([*arguments, "./2007"]), None)["VAL"]) == 5
     assert script.parse_arguments([*arguments, "0.2"]).validation_share == 0.2
+    with pytest.raises(InputError, match="--validation 2007: a share must lie between 0 and 1"):
+        script.parse_arguments([*arguments, "2007"])
 
 
 @pytest.mark.parametrize("line", ["a", "a.jpg", "a 1", "  a -1 ", "\ufeffa"])
@@ -524,8 +526,7 @@ def test_overlaps_with_priors_are_computed_with_the_images_size(folder, tmp_path
 
 
 @pytest.mark.parametrize(("size", "family"), FAMILIES)
-def test_the_best_of_the_nearest_priors_is_the_best_of_all(size, family, random_objects, monkeypatch):
-    monkeypatch.setattr(checks, "CHUNK", 70)
+def test_the_best_of_the_nearest_priors_is_the_best_of_all(size, family, random_objects):
     boxes = torch.cat([random_objects(np.random.RandomState(seed), 50)[0] for seed in range(6)])
     boxes[:20, 2:] = boxes[:20, :2] + 0.01  # tiny ones
     boxes[20:25] = torch.tensor([0.0, 0.0, 1.0, 1.0])
