@@ -102,11 +102,9 @@ def import_tensorboard():
 
 def describe_run(settings, classes, precision):
     """Return the first record of a log: settings, classes, versions, hardware, precision, git commit."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    try:
+    command, commit = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"], None
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or not a repository
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
-        commit = None
     return {
         "event": "start",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -28,7 +28,9 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
     """
     annotations = []
     for source in sources:
-        path, part = _parse_source(source)
+        path, _, part = source.rpartition(":")
+        if not path or not part or os.path.exists(source):  # the path may contain colons itself
+            path, part = source, None
         if not os.path.isdir(os.path.join(path, "Annotations")) and os.path.isfile(os.path.join(path, "data.yaml")):
             path = os.path.join(path, "data.yaml")
         if os.path.isdir(path):
@@ -43,12 +45,6 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
         else:
             annotations += coco.read_file(path, part, classes)
     return annotations
-
-
-def _parse_source(source):
-    """Return (path, what follows the last colon, or None); the path may contain colons itself."""
-    path, _, part = source.rpartition(":")
-    return (path, part) if path and part and not os.path.exists(source) else (source, None)
 
 
 def print_ignored(splits):
