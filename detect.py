@@ -1,16 +1,19 @@
-"""Detect objects in photographs: print them, and write annotated copies.
+"""Detect objects in photographs and videos: print them, and write annotated copies.
 
 python detect.py photo.jpg
 python detect.py photo.jpg --checkpoint runs/voc/checkpoint.pth --output detected.png --min-score 0.4 --suppress person
 python detect.py photos more/*.jpg --output-folder detected --json detected.jsonl
 python detect.py photo.jpg --explain
-python detect.py --export model.onnx --checkpoint runs/voc/checkpoint.pth
+python detect.py clip.mp4 --every 3 --json clip.jsonl
+python detect.py --export model.onnx --checkpoint runs/voc/checkpoint.pth --with-nms --min-score 0.01 --max-overlap 0.45
 """
 
 import functools
+import itertools
 import os
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -21,15 +24,7 @@ from tqdm import tqdm
 from model import DETECTION_LIMITS, FEATURE_MAPS, Limits, load_model, split_by_feature_map
 from support.devices import batches_on, choose_precision, explain_memory, find_device
 from support.export import export_onnx
-from support.files import (
-    CommandParser,
-    InputError,
-    atomic_writer,
-    check_outputs,
-    encode_json,
-    make_folder,
-    run_command,
-)
+from support.files import CommandParser, InputError, atomic_writer, check_outputs, encode_json, make_folder, run_command
 from support.images import (
     WRITABLE_FORMATS,
     draw_boxes,
@@ -42,10 +37,10 @@ from support.images import (
     write_image,
 )
 from support.labels import find_label, label_color_map, label_names
+from support.video import DEFAULT_SUFFIX, WRITABLE_VIDEOS, count_frames, is_video, read_frames, video_copy
 from utils import cxcy_to_xy, transform
 
 BATCH_SIZE = 8  # images
-MIN_IMAGES_FOR_PROGRESS = 6  # number of images from which a progress bar is shown
 
 
 class Detection(NamedTuple):
@@ -98,6 +93,24 @@ def find_in_files(paths, model, limits=DETECTION_LIMITS, suppress=None):
     for images, batch_paths, sizes, errors in batches_on(device, loader):
         detections = _detect_batch(images, sizes, model, limits, suppress)
         yield from zip(batch_paths, sizes, detections, errors, strict=True)
+
+
+def find_in_frames(frames, model, limits=DETECTION_LIMITS, suppress=None, every=1):
+    """Yield (frame, detections) of each frame of a video; the network takes several at a time.
+
+    :param frames: iterator of `support.video.Frame`s
+    :param limits, suppress: as for `find_objects`
+    :param every: detect in each frame whose number is a multiple of this; the frames in between get the same detections
+    """
+    while batch := list(itertools.islice(frames, BATCH_SIZE)):
+        prepared = [_prepare(frame.image, model.size) for frame in batch if frame.number % every == 0]
+        if prepared:
+            images, sizes = zip(*prepared, strict=True)
+            results = iter(_detect_batch(torch.stack(images), sizes, model, limits, suppress))
+        for frame in batch:
+            if frame.number % every == 0:
+                detections = next(results)
+            yield frame, detections
 
 
 @torch.inference_mode()
@@ -166,15 +179,16 @@ def _to_detections(boxes, labels, scores, size, names):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def annotate(original_image, detections, colors):
+def annotate(original_image, detections, colors, legend=False):
     """Return an upright RGB copy of an image with detections drawn into it, the best on top.
 
     :param detections: what `find_objects` returns
     :param colors: class name -> (red, green, blue)
+    :param legend: as for `draw_boxes`; a legend makes the copy wider
     """
     boxes = [box for _, _, box in detections]
     captions = [_caption(label, score) for label, score, _ in detections]
-    return draw_boxes(original_image, boxes, captions, [colors[label] for label, _, _ in detections])
+    return draw_boxes(original_image, boxes, captions, [colors[label] for label, _, _ in detections], legend=legend)
 
 
 def _caption(label, score):
@@ -185,7 +199,6 @@ def example_pictures(dataset, model, limits=DETECTION_LIMITS, n=4):
     """Draw the ground truth and the detections of a data set's first images side by side; the model's mode is kept.
 
     :param dataset: PascalVOCDataset
-    :param model: SSD300, in any mode
     :return: n pairs of a title and a PIL image: on the left the ground truth, on the right the detections; fewer if the
         data set has fewer images
     :raises InputError: naming the file, if an image cannot be read
@@ -222,12 +235,11 @@ def explain(original_image, model, min_score, max_overlap, top_k, suppress=None)
     priors = cxcy_to_xy(model.priors_cxcy).cpu() * torch.tensor(size * 2)
     prior_numbers = split_by_feature_map(torch.arange(len(priors)), model.size)
     colors = label_color_map(model.label_map)
+    pairs = list(zip(detections, sources, strict=True))
 
     tiles = []
     for (name, (cells, _, n_priors)), numbers in zip(FEATURE_MAPS[model.size].items(), prior_numbers, strict=True):
-        shown = [
-            (detection, source) for detection, source in zip(detections, sources, strict=True) if source in numbers
-        ]
+        shown = [(detection, source) for detection, source in pairs if source in numbers]
         shown_boxes = [detection.box for detection, _ in shown] + [priors[source].tolist() for _, source in shown]
         captions = [_caption(detection.label, detection.score) for detection, _ in shown] + [""] * len(shown)
         box_colors = [colors[detection.label] for detection, _ in shown] * 2
@@ -246,24 +258,34 @@ def parse_arguments(arguments=None):
     """Return the checked settings of the command line.
 
     `images` are paths of image files, those in folders included; `copies` maps each to the path of its annotated copy.
+    `video` is the path of the video if `images` is one, else None.
     """
     settings = _make_parser().parse_args(arguments)
     if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
         raise InputError("--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more")
+    if settings.with_nms and not settings.export:
+        raise InputError("--with-nms is for --export; give --export FILE.onnx, too")
     if bool(settings.images) == bool(settings.export):
-        raise InputError("give images or folders of images, or --export FILE.onnx alone")
+        raise InputError("give images or folders of images, a video, or --export FILE.onnx alone")
 
     is_one_file = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
     images = [image for path in settings.images for image in list_images(path)]
     settings.images = list(dict.fromkeys(images))  # each once
+    settings.video = next(filter(is_video, settings.images), None)
+    if settings.video and (len(settings.images) > 1 or settings.explain or settings.output_folder):
+        raise InputError(f"{settings.video}: give a video alone, without --explain and --output-folder")
+    if settings.every < 1 or (settings.every > 1 and not settings.video):
+        raise InputError("--every is for a video, and 1 or more; give a video or leave it out")
     if is_one_file and not settings.output_folder:
         stem, suffix = os.path.splitext(settings.images[0])
-        default = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
-        settings.output = settings.output or default
-        if os.path.splitext(settings.output)[1].lower() not in WRITABLE_FORMATS:
-            if not os.path.splitext(settings.images[0])[1] and not os.path.exists(settings.images[0]):
-                raise InputError(f"{settings.images[0]}: no such file or folder; give images, or folders of them")
-            raise InputError(f"{settings.output}: give an --output that ends in {', '.join(WRITABLE_FORMATS)}")
+        if not suffix and not os.path.exists(stem):
+            raise InputError(f"{stem}: no such file or folder; give images, or folders of them")
+        writable, default = (WRITABLE_VIDEOS, DEFAULT_SUFFIX) if settings.video else (WRITABLE_FORMATS, ".jpg")
+        suffix = suffix if suffix.lower() in writable else default
+        copy = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
+        settings.output = settings.output or copy
+        if os.path.splitext(settings.output)[1].lower() not in writable:
+            raise InputError(f"{settings.output}: give an --output that ends in {', '.join(writable)}")
     elif settings.output:
         raise InputError("--output is for one image, and --output-folder for several; give one of them")
     elif settings.explain:
@@ -287,11 +309,11 @@ def parse_arguments(arguments=None):
 def _make_parser():
     parser = CommandParser(__doc__)
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
+    add("images", nargs="*", metavar="IMAGE", help="image files, and folders of them; or one video (needs av)")
     add("--checkpoint", default="coco", help="file of train.py or of a known system [torchvision's COCO weights]")
-    add("--output", metavar="FILE", help="annotated copy of one image [IMAGE with _detected before the suffix]")
+    add("--output", metavar="FILE", help="annotated copy of one image or video [its name with _detected added]")
     add("--output-folder", metavar="DIR", help="folder for the annotated copies of several images [detected]")
-    add("--json", metavar="FILE", help="write one line of JSON per image: file, width, height, objects")
+    add("--json", metavar="FILE", help="write a line of JSON per image, or per frame of a video")
     add("--min-score", type=float, default=DETECTION_LIMITS.min_score,
         help="keep detections with a probability above this [%(default)s]")  # fmt: skip
     add("--max-overlap", type=float, default=DETECTION_LIMITS.max_overlap,
@@ -300,7 +322,10 @@ def _make_parser():
     add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out, by COCO's or VOC's names")
     add("--explain", action="store_true",
         help="for one image, draw what each feature map detects, and from which priors, instead")  # fmt: skip
+    add("--every", type=int, default=1, metavar="N",
+        help="of a video, detect objects in every Nth frame, and keep them in between [%(default)s]")  # fmt: skip
     add("--export", metavar="FILE.onnx", help="write the network as ONNX instead (needs onnx and onnxscript)")
+    add("--with-nms", action="store_true", help="apply --min-score, --max-overlap and --top-k inside the ONNX file")
     return parser
 
 
@@ -310,21 +335,21 @@ def main():
     settings = parse_arguments()
     device = find_device()
     choose_precision("fp32", device)
-    if settings.output:
-        read_image(settings.images[0])  # report a bad image before a model is downloaded
+    if settings.output:  # report a bad file before a model is downloaded
+        next(read_frames(settings.video)) if settings.video else read_image(settings.images[0])
     model = load_model(settings.checkpoint, device)
+    limits = Limits(settings.min_score, settings.max_overlap, settings.top_k)
     if settings.export:
-        export_onnx(model, model.label_map, settings.export)
+        export_onnx(model, model.label_map, settings.export, limits if settings.with_nms else None)
         print(f"network: {settings.export}")
         return
     model.to(memory_format=torch.channels_last)
-    limits = Limits(settings.min_score, settings.max_overlap, settings.top_k)
     if settings.explain:
         write_image(explain(read_image(settings.images[0]), model, *limits, settings.suppress), settings.output)
         print(f"explanation: {settings.output}")
-        return
-    n_failed = _process_files(settings, model, limits)
-    if n_failed:
+    elif settings.video:
+        _process_video(settings, model, limits)
+    elif _process_files(settings, model, limits):
         sys.exit(1)
 
 
@@ -334,32 +359,40 @@ def _process_files(settings, model, limits):
         make_folder(settings.output_folder)
     colors = label_color_map(model.label_map)
     results = find_in_files(settings.images, model, limits, settings.suppress)
-    is_quiet = True if len(settings.images) < MIN_IMAGES_FOR_PROGRESS else None  # None: only a terminal gets a bar
     n_failed = 0
-    with ExitStack() as files:
-        json_file = files.enter_context(atomic_writer(settings.json)) if settings.json else None
-        bar = tqdm(results, "detecting", len(settings.images), unit="image", disable=is_quiet)
+    with atomic_writer(settings.json) if settings.json else nullcontext() as json_file:
+        bar = tqdm(results, "detecting", len(settings.images), unit="image", leave=False, disable=None)
         for path, size, detections, error in bar:
             if error is None:
-                error = _write_copy(path, detections, colors, settings)
-                _print_detections(path, size, detections, None if error else settings.copies[path], model.label_map)
+                copy = settings.copies[path]
+                try:
+                    write_image(annotate(read_image(path), detections, colors, legend=True), copy)
+                except InputError as failure:
+                    error, copy = str(failure), None
+                _print_detections(path, size, detections, copy, model.label_map)
             if error is not None:
                 n_failed += 1
                 tqdm.write(f"error: {error}", file=sys.stderr)
             if json_file:
-                json_file.write(encode_json(_make_record(path, size, detections, error)) + b"\n")
+                width, height = size or (None, None)
+                json_file.write(_encode_record(detections, file=path, width=width, height=height, error=error))
     return n_failed
 
 
-def _write_copy(path, detections, colors, settings):
-    """Write the annotated copy of an image; return None, or the error if it is one of several and cannot be written."""
-    try:
-        write_image(annotate(read_image(path), detections, colors), settings.copies[path])
-    except InputError as error:
-        if settings.output:
-            raise
-        return str(error)
-    return None
+def _process_video(settings, model, limits):
+    """Detect objects in a video, write its annotated copy and JSON, and print the time that a frame takes."""
+    colors = label_color_map(model.label_map)
+    start = time.perf_counter()
+    results = find_in_frames(read_frames(settings.video), model, limits, settings.suppress, settings.every)
+    write_json = atomic_writer(settings.json) if settings.json else nullcontext()
+    with write_json as json_file, video_copy(settings.video, settings.output) as write_frame:
+        bar = tqdm(results, "detecting", count_frames(settings.video), unit="frame", leave=False, disable=None)
+        for frame, detections in bar:
+            write_frame(frame._replace(image=annotate(frame.image, detections, colors)))
+            if json_file:
+                json_file.write(_encode_record(detections, frame=frame.number, time=frame.time))
+    n, seconds = frame.number + 1, time.perf_counter() - start
+    print(f"{settings.video}: {n} frames, {1000 * seconds / n:.0f} ms each; annotated copy: {settings.output}")
 
 
 def _print_detections(path, size, detections, copy, label_map):
@@ -371,15 +404,10 @@ def _print_detections(path, size, detections, copy, label_map):
         tqdm.write(f"{label:{width}} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
 
 
-def _make_record(path, size, detections, error):
-    """Return the JSON record of an image."""
-    record = {"file": path}
-    if size is not None:
-        record |= {"width": size[0], "height": size[1]}
-        record["objects"] = [detection._asdict() for detection in detections]
-    if error is not None:
-        record["error"] = error
-    return record
+def _encode_record(detections, **record):
+    """Return a line of JSON: what is known of an image or a frame, and its objects."""
+    record["objects"] = None if detections is None else [detection._asdict() for detection in detections]
+    return encode_json({name: value for name, value in record.items() if value is not None}) + b"\n"
 
 
 if __name__ == "__main__":
