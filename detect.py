@@ -320,8 +320,7 @@ def _make_parser():
         help="suppress detections that overlap a better one of their class by more [%(default)s]")  # fmt: skip
     add("--top-k", type=int, default=DETECTION_LIMITS.top_k, help="most detections per image [%(default)s]")
     add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out, by COCO's or VOC's names")
-    add("--explain", action="store_true",
-        help="for one image, draw what each feature map detects, and from which priors, instead")  # fmt: skip
+    add("--explain", action="store_true", help="draw what each feature map detects in one image, and from which priors")
     add("--every", type=int, default=1, metavar="N",
         help="of a video, detect objects in every Nth frame, and keep them in between [%(default)s]")  # fmt: skip
     add("--export", metavar="FILE.onnx", help="write the network as ONNX instead (needs onnx and onnxscript)")
