@@ -108,7 +108,8 @@ def make_predictions(network):
     locs[1] = locs[1, torch.arange(n_priors) // 3 * 3]  # neighbours overlap more
     scores[2, 5:, 0], scores[3, :, 0] = 20, 20
     locs[4, 0, 2], locs[4, 1, 0], scores[4, 2, 0] = 1e4, torch.nan, torch.nan
-    scores[4, :4, 1] = 15
+    locs[4, 4:6, 2:] = torch.tensor([[90.0], [100.0]])  # boxes of more than a million, which are clamped
+    scores[4, :6, 1] = 15
     locs[5, ::2, :2] *= 100
     locs[5, 1::2, 2:] *= 20
     return locs, scores
