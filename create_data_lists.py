@@ -16,7 +16,7 @@ from collections import Counter
 
 from datasets import PascalVOCDataset
 from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
-from support.annotations import drop_invalid, hold_out, label_objects, split_at_random
+from support.annotations import drop_invalid, hold_out, label_objects, list_problems, split_at_random
 from support.checkpoints import coco_label_map
 from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.download import download_voc
@@ -188,13 +188,15 @@ def make_lists(settings):
     print_ignored(splits)
 
     # Check them, and compare the objects with the priors.
-    odd_images, near_copies = check_images(splits) if settings.check else ({}, [])
+    odd_images, near_copies = check_images(splits) if settings.check else ([], [])
     dropped = drop_invalid(splits) if settings.drop_invalid else []
     criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
     threshold = criterion.threshold
     priors = as_arrays(criterion.priors_cxcy, settings.size)
-    breaking, odd, objects = check(splits, classes, priors, jaccard_overlap, threshold)
-    print_problems(breaking, odd_images | odd, dropped)
+    odd, objects = check(splits, classes, priors, jaccard_overlap, threshold)
+    print_problems("This makes training impossible and is left out; dropped.json names all of it:", dropped)
+    print_problems("This makes training impossible; --drop-invalid leaves it out:", list_problems(splits))
+    print_problems("Worth a look:", odd_images + odd)
 
     # Write the lists.
     lists = label_objects(splits, classes)

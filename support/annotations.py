@@ -3,8 +3,11 @@
 annotation = Annotation("0001.jpg", "0001.xml", first_pixel=1)
 annotation.add(1, "dog", (48, 240, 195, 371))
 lists = label_objects({"TRAIN": annotations, "TEST": others}, label_map)
+
+`splits` are {"TRAIN": list of Annotation, "VAL": the same, if there are such, "TEST": the same}.
 """
 
+import itertools
 import math
 import os
 from collections import Counter
@@ -136,10 +139,15 @@ def find_problems(annotation):
     return annotation.problems + outside
 
 
+def list_problems(splits):
+    """Return all problems of all annotations, each once: an image may be in several splits."""
+    annotations = itertools.chain.from_iterable(splits.values())
+    return list(dict.fromkeys(problem for annotation in annotations for problem in find_problems(annotation)))
+
+
 def drop_invalid(splits):
     """Remove objects that are not valid, and images that cannot be read or whose annotation cannot; in place.
 
-    :param splits: {"TRAIN": annotations, "TEST": the same ...}
     :return: the problems of what was removed, as `find_problems` returns them, each once
     :raises InputError: naming an image, if no image of a split remains
     """
@@ -163,19 +171,17 @@ def drop_invalid(splits):
 def label_objects(splits, label_map):
     """Turn class names into indices.
 
-    :param splits: {"TRAIN": annotations, "TEST": the same ...}
     :return: split -> (image paths, objects), objects as `parse_annotation` returns them
     :raises InputError: with the first problem of the annotations and the number of problems, if there are any; or with
         all unknown class names and their counts
     """
-    annotations = [annotation for part in splits.values() for annotation in part]
-    problems = dict.fromkeys(problem for annotation in annotations for problem in find_problems(annotation))
-    messages = [message for _, message in problems]  # each once: an image may occur twice
-    if messages:
-        raise InputError(messages[0] + (f" ({len(messages)} problems in all)" if len(messages) > 1 else ""))
+    problems = list_problems(splits)
+    if problems:
+        _, line = problems[0]
+        raise InputError(line + (f" ({len(problems)} problems in all)" if len(problems) > 1 else ""))
 
     unknown, first_unknown = Counter(), None
-    for annotation in annotations:
+    for annotation in itertools.chain.from_iterable(splits.values()):
         for item in annotation.objects:
             if item.name not in label_map:
                 unknown[item.name] += 1

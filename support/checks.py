@@ -2,8 +2,8 @@
 
 splits = {"TRAIN": read_sources(["VOC2007"], "TRAIN"), "TEST": read_sources(["VOC2007"], "TEST")}
 odd_images, near_copies = check_images(splits)
-breaking, odd, objects = check(splits, label_map, priors, jaccard_overlap)
-print_problems(breaking, odd_images | odd)
+odd, objects = check(splits, label_map, priors, jaccard_overlap)
+print_problems("Worth a look:", odd_images + odd)
 preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion).save("preview.jpg")
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from support.annotations import UNREADABLE_IMAGE, find_problems
+from support.annotations import UNREADABLE_IMAGE
 from support.devices import count_cores, ignore_signals
 from support.files import InputError
 from support.images import draw_boxes, read_image, tile
@@ -27,60 +27,50 @@ from support.lists import SharedPaths
 
 N_SHOWN = 5  # lines to print of each problem
 TILE = 420  # side of a preview's pictures, pixels
-REFUSED = "This makes training impossible, so no lists are written (--drop-invalid leaves it out):"
-DROPPED = "This makes training impossible and is left out; dropped.json names all of it:"
 
 
 def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
-    """Look for everything that is wrong or odd in annotations.
+    """Look for everything that is odd in annotations.
 
-    :param splits: {"TRAIN": annotations, "TEST": the same ...}
+    :param splits: as in `support.annotations`
     :param label_map: class name -> index
     :param priors: arrays (rows, columns, shapes, 4), fractional cxcy, one per feature map
     :param jaccard_overlap: function of boxes (n, 4) and (n, 4), xy, that returns their overlaps (n,)
     :param threshold: jaccard overlap from which a prior matches an object
-    :return: two dicts, problem -> lines that name the file: what makes training impossible, and what is worth a look;
-        and split -> boxes (n, 4), fractional xy, of the objects inside images of known size, and the highest overlap
-        (n,) of each with any prior
+    :return: what is worth a look, (kind, line that names the file) of each; and split -> boxes (n, 4), fractional xy,
+        of the objects inside images of known size, and the highest overlap (n,) of each with any prior
     """
-    breaking, odd, objects = defaultdict(list), defaultdict(list), {}
+    odd, objects = [], {}
     images = {split: [annotation.image for annotation in annotations] for split, annotations in splits.items()}
     for split, paths in images.items():
-        odd[f"image twice in {split}"] += [path for path, count in Counter(paths).items() if count > 1]
+        odd += [(f"image twice in {split}", path) for path, count in Counter(paths).items() if count > 1]
     for one, other in itertools.combinations(splits, 2):
         shared = set(images[one]) & set(images[other])
-        odd[f"same file in {one} and {other}"] += [path for path in images[other] if path in shared]
+        odd += [(f"same file in {one} and {other}", path) for path in images[other] if path in shared]
     for split, annotations in splits.items():
-        present = set()
         for annotation in annotations:
-            present.update(item.name for item in annotation.objects)
-            for problem, line in find_problems(annotation):
-                breaking[problem].append(line)
-            _check_boxes(annotation, odd)
-        objects[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
+            odd += _check_boxes(annotation)
+        boxes, overlaps, too_small = _check_overlaps(annotations, priors, jaccard_overlap, threshold)
+        objects[split] = boxes, overlaps
+        odd += [("object too small for any prior to match by itself", line) for line in too_small]
+        present = {item.name for annotation in annotations for item in annotation.objects}
         missing = [name for name in label_map if present and name not in present and name != "background"]
-        odd[f"class without objects in {split}"] += missing
-    return _without_duplicates(breaking), _without_duplicates(odd), objects
-
-
-def _without_duplicates(problems):
-    """Return the problems that have lines, with each line once: an image may be in several splits."""
-    return {problem: list(dict.fromkeys(lines)) for problem, lines in problems.items() if lines}
+        odd += [(f"class without objects in {split}", name) for name in missing]
+    return odd, objects
 
 
 def check_images(splits):
     """Read all images, with one process per core; enter their sizes and problems in their annotations.
 
-    :param splits: {"TRAIN": annotations, "TEST": the same ...}
-    :return: a dict, problem -> lines that name the file, of what is worth a look; and images that are nearly the same,
-        the closest first, as `leaks.draw_near_copies` takes them
+    :return: what is worth a look, (kind, line that names the file) of each; and images that are nearly the same, the
+        closest first, as `leaks.draw_near_copies` takes them
     """
     paths = SharedPaths(sorted({annotation.image for annotations in splits.values() for annotation in annotations}))
     loader = DataLoader(
         paths, batch_size=None, collate_fn=_read_facts, num_workers=count_cores(), worker_init_fn=ignore_signals
     )
     facts = dict(zip(paths, tqdm(loader, "images", unit="", leave=False, disable=None), strict=True))
-    odd, near_copies, readable = defaultdict(list), [], {split: {} for split in splits}  # a dict has each image once
+    odd, near_copies, readable = [], [], {split: {} for split in splits}  # a dict has each image once
     for split, annotations in splits.items():
         for annotation in annotations:
             stated, (size, digest, image_hash, problem) = annotation.size, facts[annotation.image]
@@ -89,7 +79,7 @@ def check_images(splits):
                 annotation.size = size
                 if stated not in (None, size):
                     line = f"{annotation.path}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
-                    odd["size in the annotation that is not the image's"].append(line)
+                    odd.append(("size in the annotation that is not the image's", line))
             elif UNREADABLE_IMAGE not in dict(annotation.problems):
                 annotation.problems.append((UNREADABLE_IMAGE, problem))
     for one, other in itertools.combinations(splits, 2):
@@ -99,16 +89,17 @@ def check_images(splits):
             if digest not in originals:
                 rest[path] = image_hash
             elif originals[digest] != path:
-                odd[f"same image in {one} and {other}"].append(f"{path}: same as {originals[digest]}")
+                odd.append((f"same image in {one} and {other}", f"{path}: same as {originals[digest]}"))
         pairs = find_near_copies([image_hash for _, image_hash in readable[one].values()], list(rest.values()))
         share = len(pairs) / max(1, len(readable[other]))
         paths_1, paths_2 = list(readable[one]), list(rest)
         for index_2, index_1, distance in pairs:
             path, twin = paths_2[index_2], paths_1[index_1]
-            odd[f"nearly the same image in {one} and {other}, {share:.1%} of {other}"].append(f"{path}: like {twin}")
+            kind = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
+            odd.append((kind, f"{path}: like {twin}"))
             near_copies.append((other, path, one, twin, distance))
     near_copies.sort(key=lambda pair: pair[-1])
-    return _without_duplicates(odd), near_copies
+    return odd, near_copies
 
 
 def _read_facts(path):
@@ -121,20 +112,20 @@ def _read_facts(path):
         return None, None, None, str(error)
 
 
-def _check_boxes(annotation, odd):
-    """Check one annotation's boxes: whether they count pixels otherwise, are given twice, or reach out of the image."""
+def _check_boxes(annotation):
+    """Yield what is odd: boxes that count pixels otherwise, are given twice, or reach out of the image."""
     path, size = annotation.path, annotation.size
     if annotation.n_below:
         hint = ", where VOC begins (0-based? then give --zero-based)" if annotation.first_pixel else ""
         line = f"{path}: {annotation.n_below} of {len(annotation.objects)}"
-        odd[f"box that begins below {annotation.first_pixel}{hint}"].append(line)
+        yield f"box that begins below {annotation.first_pixel}{hint}", line
     for (name, *box), count in Counter((item.name, *item.box) for item in annotation.objects).items():
         if count > 1:
-            odd["duplicate box"].append(f"{path}: {name} {box}, {count} times")
+            yield "duplicate box", f"{path}: {name} {box}, {count} times"
     for item in annotation.objects if size else ():
         x_min, y_min, x_max, y_max = item.box
         if (x_max > size[0] or y_max > size[1]) and x_min < size[0] and y_min < size[1]:
-            odd["box that reaches beyond its image"].append(_describe_object(annotation, item))
+            yield "box that reaches beyond its image", _describe_object(annotation, item)
 
 
 def _describe_object(annotation, item):
@@ -142,8 +133,8 @@ def _describe_object(annotation, item):
     return f"{annotation.path}: {annotation.unit} {item.number} ({item.name}), {item.box} of {width:g} x {height:g}"
 
 
-def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
-    """Report small objects; return boxes and highest overlaps of all objects, as `check` does for a split."""
+def _check_overlaps(annotations, priors, jaccard_overlap, threshold):
+    """Return boxes and highest overlaps of all objects, as `check` does for a split, and lines on small objects."""
     pairs = [(annotation, item) for annotation in annotations if annotation.size for item in annotation.objects]
     pixels = np.array([item.box for _, item in pairs], float).reshape(-1, 4)
     sizes = np.array([annotation.size * 2 for annotation, _ in pairs], float).reshape(-1, 4)
@@ -152,9 +143,8 @@ def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)  # 0 for boxes outside the image
     smallest = min(feature_map[..., 2:].prod(axis=-1).min() for feature_map in priors)
     is_too_small = (overlaps < threshold) & (areas < smallest) & (areas > 0)
-    for index in is_too_small.nonzero()[0]:
-        odd["object too small for any prior to match by itself"].append(_describe_object(*pairs[index]))
-    return boxes[areas > 0], overlaps[areas > 0]
+    too_small = [_describe_object(*pairs[index]) for index in is_too_small.nonzero()[0]]
+    return boxes[areas > 0], overlaps[areas > 0], too_small
 
 
 def best_prior_overlaps(boxes, priors, jaccard_overlap):
@@ -179,20 +169,16 @@ def best_prior_overlaps(boxes, priors, jaccard_overlap):
     return best
 
 
-def print_problems(breaking, odd, dropped=()):
-    """Print what `check` returns and `annotations.drop_invalid` left out: each problem, its count, its first lines."""
-    left_out = defaultdict(list)
-    for kind, line in dropped:
-        left_out[kind].append(line)
-    for title, problems in ((DROPPED, left_out), (REFUSED, breaking), ("Worth a look:", odd)):
-        if problems:
-            print(title)
-        for problem, lines in problems.items():
-            print(f"  {problem}: {len(lines)}")
-            for line in lines[:N_SHOWN]:
-                print(f"    {line}")
-            if len(lines) > N_SHOWN:
-                print("    ...")
+def print_problems(title, problems):
+    """Print problems, (kind, line): each kind with its count and its first lines."""
+    kinds = defaultdict(list)
+    for kind, line in dict.fromkeys(problems):  # each once: an image may be in several splits
+        kinds[kind].append(line)
+    if kinds:
+        print(title)
+    for kind, lines in kinds.items():
+        shown = [*lines[:N_SHOWN], "..."] if len(lines) > N_SHOWN else lines
+        print(f"  {kind}: {len(lines)}", *shown, sep="\n    ")
 
 
 def preview(dataset, n, criterion, seed=0):

@@ -16,7 +16,7 @@ import create_data_lists as script
 from datasets import PascalVOCDataset
 from model import FEATURE_MAPS, PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
 from support import checks
-from support.annotations import Annotation, label_objects, split_at_random
+from support.annotations import Annotation, label_objects, list_problems, split_at_random
 from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.files import InputError
 from support.labels import make_label_map
@@ -31,9 +31,16 @@ FAMILIES = [(size, name) for size, families in PRIOR_FAMILIES.items() for name i
 def check_splits(splits, with_images=False, **options):
     """Check with the default priors; return what makes training impossible, what is odd, and the overlaps."""
     priors = [feature_map.numpy() for feature_map in split_by_feature_map(create_prior_boxes())]
-    odd_images = check_images(splits)[0] if with_images else {}
-    breaking, odd, objects = check(splits, CLASSES, priors, jaccard_overlap, **options)
-    return breaking, odd_images | odd, objects
+    odd_images = check_images(splits)[0] if with_images else []
+    odd, objects = check(splits, CLASSES, priors, jaccard_overlap, **options)
+    print_problems("Breaking:", list_problems(splits))
+    print_problems("Odd:", odd_images + odd)
+    return by_kind(list_problems(splits)), by_kind(odd_images + odd), objects
+
+
+def by_kind(problems):
+    """Return {kind: lines} of problems, each once."""
+    return {kind: [line for other, line in dict.fromkeys(problems) if other == kind] for kind, _ in problems}
 
 
 def read_splits(root):
@@ -425,7 +432,9 @@ def test_the_checker_reports_each_problem_once_and_nothing_else(spoilt, capsys):
         """Return what is reported: {first letters of the problem: file names}."""
         splits = read_splits(spoilt)
         breaking, odd, _ = check_splits(splits, with_images=with_images)
-        print_problems(breaking, odd)
+        printed = capsys.readouterr().out
+        for kind, lines in (breaking | odd).items():
+            assert "\n    ".join([f"  {kind}: {len(lines)}", *lines]) + "\n" in printed
         return tuple(
             {title[:20]: [line.split(":")[0].rsplit("/", 1)[-1] for line in lines] for title, lines in part.items()}
             for part in (breaking, odd)
@@ -446,8 +455,10 @@ def test_the_checker_reports_each_problem_once_and_nothing_else(spoilt, capsys):
     assert breaking["box outside its imag"] == ["outside.xml", "under.xml", "sizeless.xml"]  # turned.xml's is inside
     assert odd["size in the annotati"] == ["size.xml", "turned.xml"]
     assert odd["same image in TRAIN "] == ["same.jpg"]
-    assert "twice.xml: nut [30, 20, 89, 69], 2 times" in capsys.readouterr().out
-    print_problems({}, {"odd": [str(number) for number in range(7)]})
+    (line,) = check_splits(read_splits(spoilt))[1]["duplicate box"]
+    assert line.endswith("twice.xml: nut [30, 20, 89, 69], 2 times")
+    capsys.readouterr()
+    print_problems("Worth a look:", [("odd", str(number % 7)) for number in range(9)])
     assert capsys.readouterr().out.split() == ["Worth", "a", "look:", "odd:", "7", *"01234", "..."]
 
 
