@@ -415,8 +415,7 @@ def split_by_feature_map(per_prior, size=300):
 def load_model(source, device="cpu", label_map=None):
     """Return the network in a file, in eval mode, with its `label_map` (class name -> index, background 0).
 
-    The file is recognised by its contents: a checkpoint or exported weights of ours, or weights of the public tutorial,
-    ssd.pytorch, lufficc/SSD or torchvision (see `support.checkpoints.read_weights`). No code in it is run.
+    The file may be of any system that `support.checkpoints.read_weights` knows. No code in it is run.
 
     :param source: path of the file, or "coco" for torchvision's weights, which are downloaded once
     :param device: where to put the model
@@ -438,10 +437,11 @@ def build_model(description, source):
     label_map, priors, size = description["label_map"], description["priors"], description.get("size", 300)
     try:
         priors = Priors(**priors) if isinstance(priors, dict) else priors
-        with torch.device("meta"):  # makes no weights: those of the file come instead
+        with torch.device("meta"):  # makes no weights; they would be initialised in vain
             model = NETWORKS[size](len(label_map), False, priors, description["pixel_mean"])
-        model.to_empty(device="cpu").load_state_dict(description["model"])
-        model.set_pixel_mean(description["pixel_mean"])  # state dicts have no buffers
+        weights = {name: value.float().clone().contiguous() for name, value in description["model"].items()}
+        model.load_state_dict(weights, assign=True)
+        model.set_pixel_mean(description["pixel_mean"])  # state dicts lack the buffers
         model.register_buffer("priors_cxcy", create_prior_boxes(priors, size), persistent=False)
     except (RuntimeError, AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise InputError(

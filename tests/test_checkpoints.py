@@ -146,6 +146,8 @@ def test_a_checkpoint_of_an_earlier_version_has_no_size_and_is_an_ssd300(tmp_pat
 
 def test_a_loaded_network_draws_no_random_numbers_and_shares_nothing_with_its_file(tmp_path, model):
     weights = {name: value.half() for name, value in model.state_dict().items()}
+    for name in list(weights)[1::2]:  # of the convolutions
+        weights[name] = weights[name].contiguous(memory_format=torch.channels_last)
     description = {"label_map": label_map, "priors": "coco", "pixel_mean": (123.0, 117.0, 104.0)}
     path = tmp_path / "weights"
     torch.save({"format": "ssd300-1", "model": weights, **description}, path)
