@@ -36,7 +36,7 @@ from support.images import (
     upright_rgb,
     write_image,
 )
-from support.labels import find_label, label_color_map, label_names
+from support.labels import find_label, keep_classes, label_color_map, label_names
 from support.video import DEFAULT_SUFFIX, WRITABLE_VIDEOS, count_frames, is_video, read_frames, video_copy
 from utils import cxcy_to_xy, transform
 
@@ -150,19 +150,6 @@ def _predict(images, model, suppress):
     if len(kept) < len(known):
         scores = keep_classes(scores, [model.label_map[name] for name in kept])
     return locs, scores, ["background", *kept]
-
-
-def keep_classes(scores, classes):
-    """Return the scores of some classes; the probability of all others counts as background.
-
-    :param scores: (N, P, n_classes), before softmax, background first
-    :param classes: labels of k classes, background excluded; they become 1 ... k
-    :return: scores (N, P, 1 + k), before softmax
-    """
-    scores = scores.float()
-    others = [label for label in range(scores.size(2)) if label not in classes]  # background included
-    background = scores[..., others].logsumexp(dim=2, keepdim=True)  # before softmax, a sum of probabilities
-    return torch.cat([background, scores[..., classes]], dim=2)
 
 
 def _to_detections(boxes, labels, scores, size, names):
@@ -349,7 +336,7 @@ def main():
     elif settings.video:
         _process_video(settings, model, limits)
     elif _process_files(settings, model, limits):
-        sys.exit(1)
+        sys.exit(2 if settings.output else 1)
 
 
 def _process_files(settings, model, limits):

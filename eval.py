@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset, collate_fn
-from detect import keep_classes
 from model import EVALUATION_LIMITS, Limits, load_model
 from support.devices import (
     PRECISIONS,
@@ -39,7 +38,7 @@ from support.devices import (
 from support.errors import find_errors
 from support.files import CommandParser, InputError, check_outputs, run_command, write_json
 from support.images import read_size
-from support.labels import find_label
+from support.labels import find_label, keep_classes
 from support.lists import SPLITS
 from support.report import import_report_packages, write_report
 from support.results import (

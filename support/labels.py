@@ -1,8 +1,9 @@
-"""Class labels: VOC's names, label maps (class name -> index), and colours."""
+"""Class labels: VOC's names, label maps (class name -> index), the scores of some classes, and colours."""
 
 import colorsys
 
 import numpy as np
+import torch
 
 from support.files import InputError, read_json, read_text
 
@@ -36,6 +37,19 @@ def label_names(label_map):
 def find_label(name, label_map):
     """Return the index of a class in a label map, under its name or its other spelling in VOC or COCO, or None."""
     return label_map.get(name, label_map.get(_OTHER_SPELLINGS.get(name)))
+
+
+def keep_classes(scores, classes):
+    """Return the scores of some classes; the probability of all others counts as background.
+
+    :param scores: (N, P, n_classes), before softmax, background first
+    :param classes: labels of k classes, background excluded; they become 1 ... k
+    :return: scores (N, P, 1 + k), before softmax
+    """
+    scores = scores.float()
+    others = [label for label in range(scores.size(2)) if label not in classes]  # background included
+    background = scores[..., others].logsumexp(dim=2, keepdim=True)  # before softmax, a sum of probabilities
+    return torch.cat([background, scores[..., classes]], dim=2)
 
 
 def check_label_map(label_map, source):
