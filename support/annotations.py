@@ -235,12 +235,9 @@ def hold_out(train, validation, test):
     :raises InputError: naming an image, if one is in both `validation` and `test`, or if no training image remains
     """
     held_out = {os.path.realpath(annotation.image) for annotation in validation}
-    tested = [annotation.image for annotation in test if os.path.realpath(annotation.image) in held_out]
-    if tested:
-        raise InputError(
-            f"{tested[0]}: is in both VAL and TEST ({len(tested)} such images in all); take it out of TEST, or out of "
-            "the images for --validation"
-        )
+    for annotation in test:
+        if os.path.realpath(annotation.image) in held_out:
+            raise InputError(f"{annotation.image}: is in both VAL and TEST; take it out of TEST or of --validation")
     remaining = [annotation for annotation in train if os.path.realpath(annotation.image) not in held_out]
     if not remaining:
         raise InputError(

@@ -7,7 +7,6 @@ log.append({"event": "train", "iteration": 20, "loss": 7.5, **stopwatch.figures(
 
 import datetime
 import glob
-import io
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ import torchvision
 from tqdm import tqdm
 
 from support.devices import n_processes, name_hardware, rank
-from support.files import InputError, atomic_writer, import_optional, write_files
+from support.files import InputError, atomic_writer, import_optional
 
 
 class RunLog:
@@ -78,7 +77,8 @@ class RunLog:
             return
         try:
             (figures,) = import_optional("curves.png", "matplotlib.figure", packages="matplotlib")
-            write_files({os.path.join(self.folder, "curves.png"): draw_curves(figures, read_log(self.folder))})
+            with atomic_writer(os.path.join(self.folder, "curves.png")) as file:
+                draw_curves(figures, read_log(self.folder), file)
         except InputError:
             return
         except OSError as error:
@@ -171,10 +171,11 @@ def show(bar, record, batch_size):
         print(f"iteration {record['iteration']} of {bar.total}: {figures}", flush=True)
 
 
-def draw_curves(figures, records):
-    """Return a PNG picture of the losses, the learning rate and the validations in the records of a log.
+def draw_curves(figures, records, file):
+    """Draw the losses, the learning rate and the validations in the records of a log.
 
     :param figures: the module matplotlib.figure
+    :param file: for writing bytes; gets a PNG picture
     """
     training = [record for record in records if record["event"] == "train"]
     validations = [record for record in records if record["event"] == "validation"]
@@ -194,9 +195,7 @@ def draw_curves(figures, records):
     scores.set(xlabel="iteration", ylabel="validation mAP", ylim=(-0.02, 1.02))
     for axes in (losses, rates, scores):
         axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return picture.getvalue()
+    figure.savefig(file, format="png", dpi=100)
 
 
 def _points(records, name):

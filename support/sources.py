@@ -10,9 +10,8 @@ from support import coco, voc, yolo
 from support.annotations import UNREADABLE_IMAGE
 from support.files import InputError
 
-# The split of a source that is read if it names none; COCO's files have one each.
+# The split of a source that is read if it names none; YOLO's are train, val and test, COCO's files have one each.
 VOC_SPLITS = {"TRAIN": "trainval", "VAL": "val", "TEST": "test"}
-YOLO_SPLITS = {"TRAIN": "train", "VAL": "val", "TEST": "test"}
 
 
 def read_sources(sources, split=None, zero_based=False, classes=None):
@@ -41,7 +40,7 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
                 "(FILE.json[:IMAGE_FOLDER]) or of YOLO's (DATA.yaml[:SPLIT])"
             )
         elif path.lower().endswith((".yaml", ".yml")):
-            annotations += yolo.read_split(path, part or YOLO_SPLITS.get(split), classes)
+            annotations += yolo.read_split(path, part or (split and split.lower()), classes)
         else:
             annotations += coco.read_file(path, part, classes)
     return annotations

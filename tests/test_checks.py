@@ -308,7 +308,7 @@ def test_an_image_that_training_names_twice_is_either_for_training_or_for_valida
     ("train", "validation", "message"),
     [
         ("val", "trainval", r"15\.jpg: all TRAIN images are in VAL too, .* or a share of TRAIN such as 0\.1"),
-        ("trainval", "test", r"x\.jpg: is in both VAL and TEST \(2 such images in all\)"),
+        ("trainval", "test", r"x\.jpg: is in both VAL and TEST; take it out"),
         ("trainval", "nowhere", r"nowhere\.txt: cannot read this split"),
     ],
 )
