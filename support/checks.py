@@ -159,7 +159,7 @@ def best_prior_overlaps(boxes, priors, jaccard_overlap):
     best = np.zeros(len(boxes))
     middles = (boxes[:, :2] + boxes[:, 2:]) / 2
     for feature_map in priors:
-        nearest = np.empty_like(middles)
+        nearest = np.empty_like(middles, dtype=feature_map.dtype)
         for axis, centers in enumerate((feature_map[0, :, 0, 0], feature_map[:, 0, 0, 1])):  # x, y; ascending
             borders = (centers[:-1] + centers[1:]) / 2
             nearest[:, axis] = centers[np.searchsorted(borders, middles[:, axis])]
