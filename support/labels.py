@@ -73,7 +73,7 @@ def read_labels(path):
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read class names ({error}); use a text file, one name per line") from error
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith(("{", "[")):
         labels = read_json(path, "correct it")
         check_label_map(labels, path)
         return labels

@@ -1,9 +1,4 @@
-"""The output folder of a training: where it is, when it may be overwritten, what a run may resume from.
-
-checkpoint, data_folder, chosen_on = choose_sources(None, "data/voc")  # runs/voc/checkpoint.pth
-check_overwriting(settings)
-check_same_run(read_checkpoint(path), settings, defaults, dataset)
-"""
+"""The output folder of a training: where it is, when it may be overwritten, what a run may resume from."""
 
 import glob
 import os

@@ -129,7 +129,9 @@ def test_a_label_file_has_lines_or_a_map(content, expected, tmp_path):
     assert sorted(classes, key=classes.get) == ["background", *expected]
 
 
-@pytest.mark.parametrize("content", ["", "cat\ncat\n", '{"cat": 7}', "{", "\udcff", '{"a": ' * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "cat\ncat\n", "[1, 2]", '["cat"]', '{"cat": 7}', "{", "\udcff", '{"a": ' * 100_000]
+)
 def test_an_invalid_label_file_is_refused_by_name(content, tmp_path):
     path = tmp_path / "labels"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
