@@ -16,7 +16,7 @@ from collections import Counter
 
 from datasets import PascalVOCDataset
 from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
-from support.annotations import drop_invalid, hold_out, label_objects, list_problems, split_at_random
+from support.annotations import drop_invalid, find_problems, hold_out, label_objects, split_at_random
 from support.checkpoints import coco_label_map
 from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.download import download_voc
@@ -193,9 +193,10 @@ def make_lists(settings):
     criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
     threshold = criterion.threshold
     priors = as_arrays(criterion.priors_cxcy, settings.size)
+    problems = find_problems(splits)
     odd, objects = check(splits, classes, priors, jaccard_overlap, threshold)
     print_problems("This makes training impossible and is left out; dropped.json names all of it:", dropped)
-    print_problems("This makes training impossible; --drop-invalid leaves it out:", list_problems(splits))
+    print_problems("This makes training impossible; --drop-invalid leaves it out:", problems)
     print_problems("Worth a look:", odd_images + odd)
 
     # Write the lists.
@@ -254,9 +255,8 @@ def write_preview(settings):
     """Draw training samples of the lists in the output folder into preview.jpg, in the same folder; return its path."""
     dataset = PascalVOCDataset(settings.output_folder, "TRAIN", keep_difficult=True, size=settings.size)
     criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
-    picture = preview(dataset, settings.preview, criterion, settings.seed)
     path = os.path.join(settings.output_folder, "preview.jpg")
-    write_image(picture, path, quality=90)
+    write_image(preview(dataset, settings.preview, criterion, settings.seed), path, quality=90)
     return path
 
 

@@ -102,11 +102,21 @@ class Annotation:
         """Add a problem of an object."""
         self.problems.append((kind, f"{self.path}: {self.unit} {number} ({name or 'no name'}) {problem}"))
 
-    def is_outside(self, box):
-        """Tell whether a box, 0-based pixels, begins outside the image, as training reads it; no if it has no size."""
-        if self.size is None or (box[0] <= self.size[0] - 1 and box[1] <= self.size[1] - 1):
-            return False  # skips the slow conversion for nearly all boxes
-        return bool(np.float32(box[0]) >= self.size[0] or np.float32(box[1]) >= self.size[1])
+    def reject_outside(self):
+        """Turn objects whose box begins outside the image, if its size is known, into problems."""
+        if self.size is None:
+            return
+        width, height = self.size
+        inside = []
+        for item in self.objects:
+            x_min, y_min, *_ = item.box
+            is_near = x_min > width - 1 or y_min > height - 1  # skips the slow conversion for nearly all boxes
+            if is_near and (np.float32(x_min) >= width or np.float32(y_min) >= height):  # as training reads them
+                problem = f"has a box outside the image of {width:g} x {height:g} pixels, {item.box}"
+                self.report(OUTSIDE, item.number, item.name, f"{problem}; correct or remove it")
+            else:
+                inside.append(item)
+        self.objects = inside
 
 
 def parse_number(text):
@@ -128,44 +138,30 @@ def find_images(folder):
     return sorted(images)
 
 
-def find_problems(annotation):
-    """Return all problems of an annotation: its own, and boxes outside of the image."""
-    outside = []
-    for number, name, box, *_ in annotation.objects:
-        if annotation.is_outside(box):
-            size = "{:g} x {:g}".format(*annotation.size)
-            message = f"{annotation.path}: {annotation.unit} {number} ({name}) has a box outside the image of {size}"
-            outside.append((OUTSIDE, f"{message} pixels, {box}; correct or remove it"))
-    return annotation.problems + outside
-
-
-def list_problems(splits):
-    """Return all problems of all annotations, each once: an image may be in several splits."""
-    annotations = itertools.chain.from_iterable(splits.values())
-    return list(dict.fromkeys(problem for annotation in annotations for problem in find_problems(annotation)))
+def find_problems(splits):
+    """Return all problems of all annotations, each once; objects outside of their image become problems."""
+    annotations = [annotation for part in splits.values() for annotation in part]
+    for annotation in annotations:
+        annotation.reject_outside()
+    return list(dict.fromkeys(problem for annotation in annotations for problem in annotation.problems))
 
 
 def drop_invalid(splits):
     """Remove objects that are not valid, and images that cannot be read or whose annotation cannot; in place.
 
-    :return: the problems of what was removed, as `find_problems` returns them, each once
+    :return: the problems of what was removed, as `find_problems` returns them
     :raises InputError: naming an image, if no image of a split remains
     """
-    dropped = {}  # a dict keeps the order
+    dropped = find_problems(splits)
     for split, annotations in splits.items():
-        remaining = []
-        for annotation in annotations:
-            problems = find_problems(annotation)
-            dropped |= dict.fromkeys(problems)
-            if {UNREADABLE, UNREADABLE_IMAGE}.isdisjoint(kind for kind, _ in problems):
-                annotation.objects = [item for item in annotation.objects if not annotation.is_outside(item.box)]
-                annotation.problems = []
-                remaining.append(annotation)
+        remaining = [a for a in annotations if {UNREADABLE, UNREADABLE_IMAGE}.isdisjoint(dict(a.problems))]
         if annotations and not remaining:
-            _, line = find_problems(annotations[0])[0]
+            _, line = annotations[0].problems[0]
             raise InputError(f"{line} (no image of {split} would remain, all have such problems)")
+        for annotation in remaining:
+            annotation.problems = []
         splits[split] = remaining
-    return list(dropped)
+    return dropped
 
 
 def label_objects(splits, label_map):
@@ -175,7 +171,7 @@ def label_objects(splits, label_map):
     :raises InputError: with the first problem of the annotations and the number of problems, if there are any; or with
         all unknown class names and their counts
     """
-    problems = list_problems(splits)
+    problems = find_problems(splits)
     if problems:
         _, line = problems[0]
         raise InputError(line + (f" ({len(problems)} problems in all)" if len(problems) > 1 else ""))

@@ -2,6 +2,7 @@
 
 splits = {"TRAIN": read_sources(["VOC2007"], "TRAIN"), "TEST": read_sources(["VOC2007"], "TEST")}
 odd_images, near_copies = check_images(splits)
+problems = find_problems(splits)
 odd, objects = check(splits, label_map, priors, jaccard_overlap)
 print_problems("Worth a look:", odd_images + odd)
 preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion).save("preview.jpg")
@@ -30,7 +31,7 @@ TILE = 420  # side of a preview's pictures, pixels
 
 
 def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
-    """Look for everything that is odd in annotations.
+    """Look for everything that is odd in annotations, after `find_problems`.
 
     :param splits: as in `support.annotations`
     :param label_map: class name -> index
@@ -38,7 +39,7 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
     :param jaccard_overlap: function of boxes (n, 4) and (n, 4), xy, that returns their overlaps (n,)
     :param threshold: jaccard overlap from which a prior matches an object
     :return: what is worth a look, (kind, line that names the file) of each; and split -> boxes (n, 4), fractional xy,
-        of the objects inside images of known size, and the highest overlap (n,) of each with any prior
+        of the objects in images of known size, and the highest overlap (n,) of each with any prior
     """
     odd, objects = [], {}
     images = {split: [annotation.image for annotation in annotations] for split, annotations in splits.items()}
@@ -123,8 +124,7 @@ def _check_boxes(annotation):
         if count > 1:
             yield "duplicate box", f"{path}: {name} {box}, {count} times"
     for item in annotation.objects if size else ():
-        x_min, y_min, x_max, y_max = item.box
-        if (x_max > size[0] or y_max > size[1]) and x_min < size[0] and y_min < size[1]:
+        if item.box[2] > size[0] or item.box[3] > size[1]:
             yield "box that reaches beyond its image", _describe_object(annotation, item)
 
 
@@ -140,11 +140,11 @@ def _check_overlaps(annotations, priors, jaccard_overlap, threshold):
     sizes = np.array([annotation.size * 2 for annotation, _ in pairs], float).reshape(-1, 4)
     boxes = (pixels / sizes).clip(0, 1)
     overlaps = best_prior_overlaps(boxes, priors, jaccard_overlap)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)  # 0 for boxes outside the image
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     smallest = min(feature_map[..., 2:].prod(axis=-1).min() for feature_map in priors)
-    is_too_small = (overlaps < threshold) & (areas < smallest) & (areas > 0)
+    is_too_small = (overlaps < threshold) & (areas < smallest)
     too_small = [_describe_object(*pairs[index]) for index in is_too_small.nonzero()[0]]
-    return boxes[areas > 0], overlaps[areas > 0], too_small
+    return boxes, overlaps, too_small
 
 
 def best_prior_overlaps(boxes, priors, jaccard_overlap):

@@ -16,7 +16,7 @@ import create_data_lists as script
 from datasets import PascalVOCDataset
 from model import FEATURE_MAPS, PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
 from support import checks
-from support.annotations import Annotation, label_objects, list_problems, split_at_random
+from support.annotations import Annotation, find_problems, label_objects, split_at_random
 from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.files import InputError
 from support.labels import make_label_map
@@ -32,10 +32,11 @@ def check_splits(splits, with_images=False, **options):
     """Check with the default priors; return what makes training impossible, what is odd, and the overlaps."""
     priors = [feature_map.numpy() for feature_map in split_by_feature_map(create_prior_boxes())]
     odd_images = check_images(splits)[0] if with_images else []
+    problems = find_problems(splits)
     odd, objects = check(splits, CLASSES, priors, jaccard_overlap, **options)
-    print_problems("Breaking:", list_problems(splits))
+    print_problems("Breaking:", problems)
     print_problems("Odd:", odd_images + odd)
-    return by_kind(list_problems(splits)), by_kind(odd_images + odd), objects
+    return by_kind(problems), by_kind(odd_images + odd), objects
 
 
 def by_kind(problems):

@@ -104,8 +104,8 @@ def test_messages_name_the_file_the_image_and_the_annotation(write):
     kind, message = read_problem(path)
     assert kind == NO_AREA
     assert message.startswith(f"{path}, image 42: annotation 17 (dog) has a box without area")
-    outside = read_file(write([entry(17, bbox=[100, 5, 5, 9])]))[0]
-    assert find_problems(outside)[0][1].startswith(f"{path}, image 42: annotation 17 (dog) has a box outside the image")
+    ((_, message),) = find_problems({"TRAIN": read_file(write([entry(17, bbox=[100, 5, 5, 9])]))})
+    assert message.startswith(f"{path}, image 42: annotation 17 (dog) has a box outside the image")
 
 
 def test_the_file_is_read_as_pycocotools_reads_it(write):
@@ -469,7 +469,7 @@ def test_random_damage_ends_in_one_line_or_in_objects_and_problems_that_account_
                 assert all(0 <= value < 1e9 for value in part.box)
                 assert part.difficult in (0, 1)
                 assert part.area is None or math.isfinite(part.area)
-            find_problems(annotation)
+            find_problems({"TRAIN": [annotation]})
     assert min(n_read, n_refused) > 100, (n_read, n_refused)
     assert kinds >= {UNREADABLE, UNREADABLE_IMAGE, NO_CLASS, NO_BOX, NO_IMAGE}
 
