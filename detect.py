@@ -65,7 +65,7 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, model=N
     """
     model = model or load_model("coco")
     detections = find_objects(original_image, model, min_score, max_overlap, top_k, suppress)
-    return annotate(original_image, detections, label_color_map(model.label_map))
+    return annotate(original_image, detections, label_color_map(model.label_map), legend=True)
 
 
 def find_objects(original_image, model, min_score, max_overlap, top_k, suppress=None):
@@ -98,17 +98,18 @@ def find_in_files(paths, model, limits=DETECTION_LIMITS, suppress=None):
 def find_in_frames(frames, model, limits=DETECTION_LIMITS, suppress=None, every=1):
     """Yield (frame, detections) of each frame of a video; the network takes several at a time.
 
-    :param frames: iterator of `support.video.Frame`s
+    :param frames: `support.video.Frame`s
     :param limits, suppress: as for `find_objects`
-    :param every: detect in each frame whose number is a multiple of this; the frames in between get the same detections
+    :param every: detect in the first of every so many frames; the others get the same detections
     """
-    while batch := list(itertools.islice(frames, BATCH_SIZE)):
-        prepared = [_prepare(frame.image, model.size) for frame in batch if frame.number % every == 0]
+    numbered = enumerate(frames)
+    while batch := list(itertools.islice(numbered, BATCH_SIZE)):
+        prepared = [_prepare(frame.image, model.size) for number, frame in batch if number % every == 0]
         if prepared:
             images, sizes = zip(*prepared, strict=True)
             results = iter(_detect_batch(torch.stack(images), sizes, model, limits, suppress))
-        for frame in batch:
-            if frame.number % every == 0:
+        for number, frame in batch:
+            if number % every == 0:
                 detections = next(results)
             yield frame, detections
 
@@ -255,22 +256,22 @@ def parse_arguments(arguments=None):
     if bool(settings.images) == bool(settings.export):
         raise InputError("give images or folders of images, a video, or --export FILE.onnx alone")
 
-    is_one_file = len(settings.images) == 1 and not os.path.isdir(settings.images[0])
-    images = [image for path in settings.images for image in list_images(path)]
-    settings.images = list(dict.fromkeys(images))  # each once
+    has_folders = any(map(os.path.isdir, settings.images))
+    settings.images = list(dict.fromkeys(image for path in settings.images for image in list_images(path)))  # each once
+    is_one_file = len(settings.images) == 1 and not has_folders
     settings.video = next(filter(is_video, settings.images), None)
-    if settings.video and (len(settings.images) > 1 or settings.explain or settings.output_folder):
+    if settings.video and (not is_one_file or settings.explain or settings.output_folder):
         raise InputError(f"{settings.video}: give a video alone, without --explain and --output-folder")
     if settings.every < 1 or (settings.every > 1 and not settings.video):
-        raise InputError("--every is for a video, and 1 or more; give a video or leave it out")
+        raise InputError("--every must be 1 or more, and is for a video")
     if is_one_file and not settings.output_folder:
         stem, suffix = os.path.splitext(settings.images[0])
         if not suffix and not os.path.exists(stem):
             raise InputError(f"{stem}: no such file or folder; give images, or folders of them")
         writable, default = (WRITABLE_VIDEOS, DEFAULT_SUFFIX) if settings.video else (WRITABLE_FORMATS, ".jpg")
         suffix = suffix if suffix.lower() in writable else default
-        copy = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
-        settings.output = settings.output or copy
+        default = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
+        settings.output = settings.output or default
         if os.path.splitext(settings.output)[1].lower() not in writable:
             raise InputError(f"{settings.output}: give an --output that ends in {', '.join(writable)}")
     elif settings.output:
@@ -286,10 +287,9 @@ def parse_arguments(arguments=None):
         settings.output, settings.json, settings.export,
         folders=[settings.output_folder], inputs=[*settings.images, settings.checkpoint],
     )  # fmt: skip
+    settings.copies = dict.fromkeys(settings.images, settings.output)
     if settings.output_folder:
         settings.copies = name_copies(settings.images, settings.output_folder)
-    else:
-        settings.copies = dict.fromkeys(settings.images, settings.output)
     return settings
 
 
@@ -360,8 +360,7 @@ def _process_files(settings, model, limits):
                 n_failed += 1
                 tqdm.write(f"error: {error}", file=sys.stderr)
             if json_file:
-                width, height = size or (None, None)
-                json_file.write(_encode_record(detections, file=path, width=width, height=height, error=error))
+                json_file.write(_encode_record(size, detections, file=path, error=error))
     return n_failed
 
 
@@ -370,13 +369,13 @@ def _process_video(settings, model, limits):
     colors = label_color_map(model.label_map)
     start = time.perf_counter()
     results = find_in_frames(read_frames(settings.video), model, limits, settings.suppress, settings.every)
-    write_json = atomic_writer(settings.json) if settings.json else nullcontext()
-    with write_json as json_file, video_copy(settings.video, settings.output) as write_frame:
+    lines = atomic_writer(settings.json) if settings.json else nullcontext()
+    with lines as json_file, video_copy(settings.video, settings.output) as write_frame:
         bar = tqdm(results, "detecting", count_frames(settings.video), unit="frame", leave=False, disable=None)
         for frame, detections in bar:
             write_frame(frame._replace(image=annotate(frame.image, detections, colors)))
             if json_file:
-                json_file.write(_encode_record(detections, frame=frame.number, time=frame.time))
+                json_file.write(_encode_record(frame.image.size, detections, frame=frame.number, time=frame.time))
     n, seconds = frame.number + 1, time.perf_counter() - start
     print(f"{settings.video}: {n} frames, {1000 * seconds / n:.0f} ms each; annotated copy: {settings.output}")
 
@@ -390,8 +389,9 @@ def _print_detections(path, size, detections, copy, label_map):
         tqdm.write(f"{label:{width}} {score:.3f}  " + " ".join(f"{round(value):5}" for value in box))
 
 
-def _encode_record(detections, **record):
-    """Return a line of JSON: what is known of an image or a frame, and its objects."""
+def _encode_record(size, detections, **record):
+    """Return a line of JSON: what is known of an image or a frame, its size in pixels, and its objects."""
+    record["width"], record["height"] = size or (None, None)
     record["objects"] = None if detections is None else [detection._asdict() for detection in detections]
     return encode_json({name: value for name, value in record.items() if value is not None}) + b"\n"
 

@@ -331,7 +331,7 @@ def run(settings, device):
     if not n_objects and (settings.coco or settings.report or settings.bootstrap):
         raise InputError(f"--coco, --report, --bootstrap, --against: {nothing}; leave these options out")
     if not (n_objects or settings.results or settings.voc_results or settings.detections):
-        raise InputError(f"{nothing}; give --voc-results or --detections to write the detections")
+        raise InputError(f"{nothing}; give --results, --voc-results or --detections to write a file")
     other = read_evidence(settings.against, names, n_objects) if settings.against else None
     needs_ids = settings.coco or settings.detections
     ids = read_coco_ids(settings.data_folder, settings.split, names, objects, dataset.label_map) if needs_ids else None

@@ -261,8 +261,8 @@ CLASS_NOTE = (
     "Classes without objects to detect are left out of the mean."
 )
 ERROR_NOTE = (
-    "Of the detections from each class's score at F1 on: the right ones and five kinds of wrong ones. Of the objects\n"
-    "that none of them detects: the missed ones, and those explained by a class or place error."
+    "The detections from the score of a class's best F1 on are right or have one of five kinds of errors. The objects\n"
+    "that they do not detect are missed, or explained by a class or place error."
 )
 
 

@@ -7,7 +7,7 @@ with video_copy("clip.mp4", "mirrored.mp4") as write_frame:
 
 import math
 import os
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
 from PIL import Image
@@ -70,22 +70,37 @@ def count_frames(path):
     """Return the number of frames that a video's header promises, or None if it promises nothing."""
     container, stream = _open_video(path)
     with closing(container):
-        seconds = _promised_seconds(container, stream)
+        seconds = _promised_end(container, stream, start=0)
         return stream.frames or (seconds and stream.average_rate and round(seconds * stream.average_rate))
 
 
-def _promised_seconds(container, stream):
-    """Return how long a video is by its header, or None."""
+def _promised_end(container, stream, start):
+    """Return the second at which a video that begins at a timestamp ends by its header, or None.
+
+    If the header does not say how long the pictures are, the end is that of the file, sound included.
+    """
     if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
+        return float((start + stream.duration) * stream.time_base)
     return None if container.duration is None else container.duration / 1e6
+
+
+def _sound_end(path):
+    """Return the second at which the sound of a video ends, 0 if there is none."""
+    container, _ = _open_video(path)
+    end = 0.0
+    with closing(container), suppress(_import_av().FFmpegError, IndexError):  # as in _decode
+        for packet in container.demux(container.streams.audio) if container.streams.audio else ():
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    return end
 
 
 def read_frames(path):
     """Yield the `Frame`s of a video, one at a time; of a damaged one, those that can be decoded, and print a warning.
 
-    :raises InputError: if av is not installed, or no frame can be decoded
+    :raises InputError: if av is not installed, no frame can be decoded, or its colours are of an unknown kind
     """
+    av = _import_av()
     container, stream = _open_video(path)
     with closing(container):
         is_avi = container.format.name == "avi"  # it stores no times of presentation
@@ -100,18 +115,26 @@ def read_frames(path):
                 timestamp = start = timestamp or 0
             elif timestamp is None or timestamp <= frame.timestamp:  # the times of a copy must increase
                 timestamp = frame.timestamp + max(1, frame.duration)
-            image = picture.to_image()
+            try:
+                image = picture.to_image()
+            except av.FFmpegError as error:
+                raise InputError(f"{path}: cannot convert its colours ({error.strerror}); use another file") from error
             if picture.rotation in ROTATIONS:
                 image = image.transpose(ROTATIONS[picture.rotation])
             number = 0 if frame is None else frame.number + 1
+            interval = picture.duration if frame is None else timestamp - frame.timestamp
             frame = Frame(image, number, float(timestamp * stream.time_base), timestamp, picture.duration)
             yield frame
         if frame is None:
             raise InputError(f"{path}: no frame of this video can be decoded; use another file")
-        seconds = float((frame.timestamp + frame.duration - start) * stream.time_base)
-        promised = _promised_seconds(container, stream) or seconds
-        if is_damaged or seconds < promised - LONGEST_TAIL:
-            warn(f"{path}: cut off or damaged; {number + 1} frames can be read, {seconds:.1f} of {promised:.1f} s")
+        end = float((frame.timestamp + max(frame.duration, interval)) * stream.time_base)
+        promised = _promised_end(container, stream, start) or end
+        is_short = end < promised - LONGEST_TAIL
+        if is_short and stream.duration is None:  # perhaps the sound is longer
+            is_short = _sound_end(path) < promised - LONGEST_TAIL
+        if is_damaged or is_short:
+            until = f", up to {end:.1f} of {promised:.1f} s" if is_short else ""
+            warn(f"{path}: cut off or damaged; {number + 1} frames can be read{until}")
 
 
 def _decode(container, stream):
