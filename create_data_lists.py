@@ -16,7 +16,7 @@ from collections import Counter
 
 from datasets import PascalVOCDataset
 from model import PRIOR_FAMILIES, MultiBoxLoss, create_prior_boxes, split_by_feature_map
-from support.annotations import drop_invalid, find_problems, hold_out, label_objects, split_at_random
+from support.annotations import drop_invalid, each_image_once, hold_out, label_objects, split_at_random
 from support.checkpoints import coco_label_map
 from support.checks import best_prior_overlaps, check, check_images, preview, print_problems
 from support.download import download_voc
@@ -106,12 +106,14 @@ def parse_arguments(arguments=None):
 def _parse_share(sources):
     """Return the share that --validation was given, or None if it was given sources or nothing."""
     try:
-        (share,) = map(float, sources or ())
-    except ValueError:  # not a single number
+        share = float(sources[0]) if sources else None
+    except ValueError:
         return None
-    if not 0 < share < 1:
-        raise InputError(f"--validation {sources[0]}: a share must lie between 0 and 1; a folder 2007 is ./2007")
-    return share
+    if share is None or len(sources) > 1:
+        return None
+    if not 0 < share < 1 and not os.path.isdir(sources[0]):
+        raise InputError(f"--validation {sources[0]}: a share must lie between 0 and 1")
+    return share if 0 < share < 1 else None
 
 
 def _complete_sources(settings):
@@ -155,9 +157,9 @@ def read_splits(settings, classes):
         if len(train) < n_before:
             print(f"TRAIN: {n_before - len(train)} images left out, because they are in VAL")
     if split is not None:
-        train, test = split_at_random(train, split, settings.seed, f"--split {split}")
+        train, test = split_at_random(each_image_once(train), split, settings.seed, f"--split {split}")
     if share is not None:
-        validation, _ = split_at_random(train, share, settings.seed, f"--validation {share}")
+        validation, _ = split_at_random(each_image_once(train), share, settings.seed, f"--validation {share}")
         train = hold_out(train, validation, test)
     splits = {"TRAIN": train, "VAL": validation, "TEST": test} if validation else {"TRAIN": train, "TEST": test}
 
@@ -188,16 +190,13 @@ def make_lists(settings):
     print_ignored(splits)
 
     # Check them, and compare the objects with the priors.
-    odd_images, near_copies = check_images(splits) if settings.check else ([], [])
+    odd_images, near_copies = check_images(splits) if settings.check else ({}, [])
     dropped = drop_invalid(splits) if settings.drop_invalid else []
     criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
     threshold = criterion.threshold
     priors = as_arrays(criterion.priors_cxcy, settings.size)
-    problems = find_problems(splits)
-    odd, objects = check(splits, classes, priors, jaccard_overlap, threshold)
-    print_problems("This makes training impossible and is left out; dropped.json names all of it:", dropped)
-    print_problems("This makes training impossible; --drop-invalid leaves it out:", problems)
-    print_problems("Worth a look:", odd_images + odd)
+    breaking, odd, objects = check(splits, classes, priors, jaccard_overlap, threshold)
+    print_problems(breaking, odd_images | odd, dropped)
 
     # Write the lists.
     lists = label_objects(splits, classes)
@@ -224,7 +223,7 @@ def make_lists(settings):
             arrays = as_arrays(create_prior_boxes(family, size), size)
             return float((best_prior_overlaps(boxes, arrays, jaccard_overlap) < threshold).mean())
 
-        print_advice(boxes, settings.size, PRIOR_FAMILIES, count_share)
+        print_advice(boxes, settings.size, PRIOR_FAMILIES, shares["TRAIN"], count_share)
 
 
 def as_arrays(priors, size):
@@ -255,8 +254,9 @@ def write_preview(settings):
     """Draw training samples of the lists in the output folder into preview.jpg, in the same folder; return its path."""
     dataset = PascalVOCDataset(settings.output_folder, "TRAIN", keep_difficult=True, size=settings.size)
     criterion = MultiBoxLoss(create_prior_boxes(settings.family, settings.size))
+    picture = preview(dataset, settings.preview, criterion, settings.seed)
     path = os.path.join(settings.output_folder, "preview.jpg")
-    write_image(preview(dataset, settings.preview, criterion, settings.seed), path, quality=90)
+    write_image(picture, path, quality=90)
     return path
 
 

@@ -2,9 +2,8 @@
 
 splits = {"TRAIN": read_sources(["VOC2007"], "TRAIN"), "TEST": read_sources(["VOC2007"], "TEST")}
 odd_images, near_copies = check_images(splits)
-problems = find_problems(splits)
-odd, objects = check(splits, label_map, priors, jaccard_overlap)
-print_problems("Worth a look:", odd_images + odd)
+breaking, odd, objects = check(splits, label_map, priors, jaccard_overlap)
+print_problems(breaking, odd_images | odd)
 preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion).save("preview.jpg")
 """
 
@@ -18,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from support.annotations import UNREADABLE_IMAGE
+from support.annotations import UNREADABLE_IMAGE, find_problems
 from support.devices import count_cores, ignore_signals
 from support.files import InputError
 from support.images import draw_boxes, read_image, tile
@@ -28,79 +27,92 @@ from support.lists import SharedPaths
 
 N_SHOWN = 5  # lines to print of each problem
 TILE = 420  # side of a preview's pictures, pixels
+REFUSED = "This makes training impossible, so no lists are written (--drop-invalid leaves it out):"
+DROPPED = "This makes training impossible and is left out; dropped.json names all of it:"
+CHUNK = 10_000  # boxes to compare with the priors at a time, which bounds the memory
 
 
 def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
-    """Look for everything that is odd in annotations, after `find_problems`.
+    """Look for everything that is wrong or odd in annotations.
 
-    :param splits: as in `support.annotations`
+    :param splits: {"TRAIN": annotations, "TEST": the same ...}
     :param label_map: class name -> index
     :param priors: arrays (rows, columns, shapes, 4), fractional cxcy, one per feature map
     :param jaccard_overlap: function of boxes (n, 4) and (n, 4), xy, that returns their overlaps (n,)
     :param threshold: jaccard overlap from which a prior matches an object
-    :return: what is worth a look, (kind, line that names the file) of each; and split -> boxes (n, 4), fractional xy,
-        of the objects in images of known size, and the highest overlap (n,) of each with any prior
+    :return: two dicts, problem -> lines that name the file: what makes training impossible, and what is worth a look;
+        and split -> boxes (n, 4), fractional xy, of the objects inside images of known size, and the highest overlap
+        (n,) of each with any prior
     """
-    odd, objects = [], {}
+    breaking, odd, objects = defaultdict(list), defaultdict(list), {}
     images = {split: [annotation.image for annotation in annotations] for split, annotations in splits.items()}
     for split, paths in images.items():
-        odd += [(f"image twice in {split}", path) for path, count in Counter(paths).items() if count > 1]
+        odd[f"image twice in {split}"] += [path for path, count in Counter(paths).items() if count > 1]
     for one, other in itertools.combinations(splits, 2):
         shared = set(images[one]) & set(images[other])
-        odd += [(f"same file in {one} and {other}", path) for path in images[other] if path in shared]
+        odd[f"same file in {one} and {other}"] += [path for path in images[other] if path in shared]
     for split, annotations in splits.items():
+        present = set()
         for annotation in annotations:
-            odd += _check_boxes(annotation)
-        boxes, overlaps, too_small = _check_overlaps(annotations, priors, jaccard_overlap, threshold)
-        objects[split] = boxes, overlaps
-        odd += [("object too small for any prior to match by itself", line) for line in too_small]
-        present = {item.name for annotation in annotations for item in annotation.objects}
+            present.update(item.name for item in annotation.objects)
+            for problem, line in find_problems(annotation):
+                breaking[problem].append(line)
+            _check_boxes(annotation, odd)
+        objects[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
         missing = [name for name in label_map if present and name not in present and name != "background"]
-        odd += [(f"class without objects in {split}", name) for name in missing]
-    return odd, objects
+        odd[f"class without objects in {split}"] += missing
+    return _without_duplicates(breaking), _without_duplicates(odd), objects
+
+
+def _without_duplicates(problems):
+    """Return the problems that have lines, with each line once: an image may be in several splits."""
+    return {problem: list(dict.fromkeys(lines)) for problem, lines in problems.items() if lines}
 
 
 def check_images(splits):
     """Read all images, with one process per core; enter their sizes and problems in their annotations.
 
-    :return: what is worth a look, (kind, line that names the file) of each; and images that are nearly the same, the
-        closest first, as `leaks.draw_near_copies` takes them
+    :param splits: {"TRAIN": annotations, "TEST": the same ...}
+    :return: a dict, problem -> lines that name the file, of what is worth a look; and images that are nearly the same,
+        the closest first, as `leaks.draw_near_copies` takes them
     """
     paths = SharedPaths(sorted({annotation.image for annotations in splits.values() for annotation in annotations}))
     loader = DataLoader(
         paths, batch_size=None, collate_fn=_read_facts, num_workers=count_cores(), worker_init_fn=ignore_signals
     )
     facts = dict(zip(paths, tqdm(loader, "images", unit="", leave=False, disable=None), strict=True))
-    odd, near_copies, readable = [], [], {split: {} for split in splits}  # a dict has each image once
-    for split, annotations in splits.items():
+    odd, near_copies = defaultdict(list), []
+    for annotations in splits.values():
         for annotation in annotations:
-            stated, (size, digest, image_hash, problem) = annotation.size, facts[annotation.image]
-            if problem is None:
-                readable[split][annotation.image] = digest, image_hash
-                annotation.size = size
-                if stated not in (None, size):
-                    line = f"{annotation.path}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
-                    odd.append(("size in the annotation that is not the image's", line))
-            elif UNREADABLE_IMAGE not in dict(annotation.problems):
-                annotation.problems.append((UNREADABLE_IMAGE, problem))
+            stated, (size, _, _, problem) = annotation.size, facts[annotation.image]
+            if problem:
+                if UNREADABLE_IMAGE not in dict(annotation.problems):
+                    annotation.problems.append((UNREADABLE_IMAGE, problem))
+                continue
+            if stated and size != stated:
+                line = f"{annotation.path}: {stated[0]:g} x {stated[1]:g}, the image is {size[0]} x {size[1]}"
+                odd["size in the annotation that is not the image's"].append(line)
+            annotation.size = size
+    readable = {
+        split: [path for path in dict.fromkeys(annotation.image for annotation in annotations) if facts[path][0]]
+        for split, annotations in splits.items()
+    }
     for one, other in itertools.combinations(splits, 2):
-        originals = {digest: path for path, (digest, _) in readable[one].items()}
-        rest = {}  # of the other split: images of which there is no exact copy
-        for path, (digest, image_hash) in readable[other].items():
-            if digest not in originals:
-                rest[path] = image_hash
-            elif originals[digest] != path:
-                odd.append((f"same image in {one} and {other}", f"{path}: same as {originals[digest]}"))
-        pairs = find_near_copies([image_hash for _, image_hash in readable[one].values()], list(rest.values()))
+        digests = {facts[path][1]: path for path in readable[one]}
+        copies = {path: digests[facts[path][1]] for path in readable[other] if facts[path][1] in digests}
+        odd[f"same image in {one} and {other}"] += [
+            f"{path}: same as {twin}" for path, twin in copies.items() if path != twin
+        ]
+        rest = [path for path in readable[other] if path not in copies]
+        pairs = find_near_copies(*([facts[path][2] for path in paths] for paths in (readable[one], rest)))
         share = len(pairs) / max(1, len(readable[other]))
-        paths_1, paths_2 = list(readable[one]), list(rest)
-        for index_2, index_1, distance in pairs:
-            path, twin = paths_2[index_2], paths_1[index_1]
-            kind = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
-            odd.append((kind, f"{path}: like {twin}"))
+        problem = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
+        for index, twin_index, distance in pairs:
+            path, twin = rest[index], readable[one][twin_index]
+            odd[problem].append(f"{path}: like {twin}")
             near_copies.append((other, path, one, twin, distance))
     near_copies.sort(key=lambda pair: pair[-1])
-    return odd, near_copies
+    return _without_duplicates(odd), near_copies
 
 
 def _read_facts(path):
@@ -113,19 +125,22 @@ def _read_facts(path):
         return None, None, None, str(error)
 
 
-def _check_boxes(annotation):
-    """Yield what is odd: boxes that count pixels otherwise, are given twice, or reach out of the image."""
+def _check_boxes(annotation, odd):
+    """Check one annotation's boxes: whether they count pixels otherwise, are given twice, or reach out of the image."""
     path, size = annotation.path, annotation.size
     if annotation.n_below:
         hint = ", where VOC begins (0-based? then give --zero-based)" if annotation.first_pixel else ""
-        line = f"{path}: {annotation.n_below} of {len(annotation.objects)}"
-        yield f"box that begins below {annotation.first_pixel}{hint}", line
+        n_boxes = len(annotation.objects)
+        odd[f"box that begins below {annotation.first_pixel}{hint}"].append(
+            f"{path}: {annotation.n_below} of {n_boxes}"
+        )
     for (name, *box), count in Counter((item.name, *item.box) for item in annotation.objects).items():
         if count > 1:
-            yield "duplicate box", f"{path}: {name} {box}, {count} times"
+            odd["duplicate box"].append(f"{path}: {name} {box}, {count} times")
     for item in annotation.objects if size else ():
-        if item.box[2] > size[0] or item.box[3] > size[1]:
-            yield "box that reaches beyond its image", _describe_object(annotation, item)
+        x_min, y_min, x_max, y_max = item.box
+        if (x_max > size[0] or y_max > size[1]) and x_min < size[0] and y_min < size[1]:
+            odd["box that reaches beyond its image"].append(_describe_object(annotation, item))
 
 
 def _describe_object(annotation, item):
@@ -133,18 +148,21 @@ def _describe_object(annotation, item):
     return f"{annotation.path}: {annotation.unit} {item.number} ({item.name}), {item.box} of {width:g} x {height:g}"
 
 
-def _check_overlaps(annotations, priors, jaccard_overlap, threshold):
-    """Return boxes and highest overlaps of all objects, as `check` does for a split, and lines on small objects."""
+def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
+    """Report small objects; return boxes and highest overlaps of all objects, as `check` does for a split."""
     pairs = [(annotation, item) for annotation in annotations if annotation.size for item in annotation.objects]
-    pixels = np.array([item.box for _, item in pairs], float).reshape(-1, 4)
-    sizes = np.array([annotation.size * 2 for annotation, _ in pairs], float).reshape(-1, 4)
-    boxes = (pixels / sizes).clip(0, 1)
+    pixels, sizes = (
+        np.array(values, np.float64).reshape(-1, length)
+        for values, length in (([item.box for _, item in pairs], 4), ([annotation.size for annotation, _ in pairs], 2))
+    )
+    boxes = (pixels / np.tile(sizes, 2)).clip(0, 1)
     overlaps = best_prior_overlaps(boxes, priors, jaccard_overlap)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)  # 0 for boxes outside the image
     smallest = min(feature_map[..., 2:].prod(axis=-1).min() for feature_map in priors)
-    is_too_small = (overlaps < threshold) & (areas < smallest)
-    too_small = [_describe_object(*pairs[index]) for index in is_too_small.nonzero()[0]]
-    return boxes, overlaps, too_small
+    is_too_small = (overlaps < threshold) & (areas < smallest) & (areas > 0)
+    for index in is_too_small.nonzero()[0]:
+        odd["object too small for any prior to match by itself"].append(_describe_object(*pairs[index]))
+    return boxes[areas > 0], overlaps[areas > 0]
 
 
 def best_prior_overlaps(boxes, priors, jaccard_overlap):
@@ -157,28 +175,35 @@ def best_prior_overlaps(boxes, priors, jaccard_overlap):
     :param priors, jaccard_overlap: see `check`
     """
     best = np.zeros(len(boxes))
-    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
-    for feature_map in priors:
-        nearest = np.empty_like(middles, dtype=feature_map.dtype)
-        for axis, centers in enumerate((feature_map[0, :, 0, 0], feature_map[:, 0, 0, 1])):  # x, y; ascending
-            borders = (centers[:-1] + centers[1:]) / 2
-            nearest[:, axis] = centers[np.searchsorted(borders, middles[:, axis])]
-        for sides in feature_map[0, 0, :, 2:]:
-            prior = np.concatenate([nearest - sides / 2, nearest + sides / 2], axis=1)
-            best = np.maximum(best, jaccard_overlap(boxes, prior))
+    for first in range(0, len(boxes), CHUNK):
+        chunk = boxes[first : first + CHUNK]
+        middles_x, middles_y = (chunk[:, 0] + chunk[:, 2]) / 2, (chunk[:, 1] + chunk[:, 3]) / 2
+        for feature_map in priors:
+            centers_x, centers_y = feature_map[0, :, 0, 0], feature_map[:, 0, 0, 1]
+            nearest_x = centers_x[np.abs(middles_x[:, None] - centers_x).argmin(axis=1)]
+            nearest_y = centers_y[np.abs(middles_y[:, None] - centers_y).argmin(axis=1)]
+            nearest = np.stack([nearest_x, nearest_y], axis=1)
+            for sides in feature_map[0, 0, :, 2:]:
+                prior = np.concatenate([nearest - sides / 2, nearest + sides / 2], axis=1)
+                overlaps = jaccard_overlap(chunk, prior)
+                best[first : first + CHUNK] = np.maximum(best[first : first + CHUNK], overlaps)
     return best
 
 
-def print_problems(title, problems):
-    """Print problems, (kind, line): each kind with its count and its first lines."""
-    kinds = defaultdict(list)
-    for kind, line in dict.fromkeys(problems):  # each once: an image may be in several splits
-        kinds[kind].append(line)
-    if kinds:
-        print(title)
-    for kind, lines in kinds.items():
-        shown = [*lines[:N_SHOWN], "..."] if len(lines) > N_SHOWN else lines
-        print(f"  {kind}: {len(lines)}", *shown, sep="\n    ")
+def print_problems(breaking, odd, dropped=()):
+    """Print what `check` returns and `annotations.drop_invalid` left out: each problem, its count, its first lines."""
+    left_out = defaultdict(list)
+    for kind, line in dropped:
+        left_out[kind].append(line)
+    for title, problems in ((DROPPED, left_out), (REFUSED, breaking), ("Worth a look:", odd)):
+        if problems:
+            print(title)
+        for problem, lines in problems.items():
+            print(f"  {problem}: {len(lines)}")
+            for line in lines[:N_SHOWN]:
+                print(f"    {line}")
+            if len(lines) > N_SHOWN:
+                print("    ...")
 
 
 def preview(dataset, n, criterion, seed=0):

@@ -8,7 +8,15 @@ import os
 import sys
 from contextlib import suppress
 
-from support.annotations import MAX_COORDINATE, NO_CLASS, NO_IMAGE, UNREADABLE, UNREADABLE_IMAGE, Annotation
+from support.annotations import (
+    MAX_COORDINATE,
+    NO_BOX,
+    NO_CLASS,
+    NO_IMAGE,
+    UNREADABLE,
+    UNREADABLE_IMAGE,
+    Annotation,
+)
 from support.files import InputError, read_text
 
 
@@ -29,7 +37,7 @@ def read_file(path, image_folder=None, classes=None):
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot read this file ({error}); give one in COCO's format") from error
     names = {number: sys.intern(" ".join(entry["name"].split())) for number, entry in categories.items()}
-    annotations = _annotate_images(path, images, image_folder, names, classes)
+    annotations = _annotate_images(path, images, image_folder, names)
     first, entries = next(iter(annotations.values())), content.get("annotations")
     if not isinstance(entries, list):
         for annotation in annotations.values():
@@ -39,19 +47,27 @@ def read_file(path, image_folder=None, classes=None):
 
     for index, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
-        image_id, category_id, bbox, area = (entry.get(key) for key in ("image_id", "category_id", "bbox", "area"))
+        image_id, category_id, area = entry.get("image_id"), entry.get("category_id"), entry.get("area")
+        box, crowd = entry.get("bbox"), entry.get("iscrowd", 0)
         # Only integers are ids: True and 1.0 equal 1, and a list cannot be looked up.
         number = entry["id"] if type(entry.get("id")) is int else f"at index {index}"
         annotation = annotations.get(image_id) if type(image_id) is int else None
         name = names.get(category_id) if type(category_id) is int else None
+        if classes is not None and name and name not in classes:
+            (annotation or first).ignored.append(name)
+            continue
         if annotation is None:
             problem = f"has unknown image_id {image_id!r:.99}; correct or remove it"
             first.problems.append((NO_IMAGE, f"{path}: annotation {number} ({name or 'no name'}) {problem}"))
         elif name is None:
             annotation.report(NO_CLASS, number, name, f"has unknown category_id {category_id!r:.99}; correct it")
+        elif not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            annotation.report(NO_BOX, number, name, f"has bbox {box!r:.99}; expected x, y, width, height in pixels")
+        elif crowd not in (0, 1):
+            annotation.report(NO_BOX, number, name, f"has iscrowd {crowd!r:.99}; expected 0 or 1")
         else:
-            area = area if _is_number(area) else None
-            annotation.add(number, name, _corners(bbox), entry.get("iscrowd", 0), area, bbox)
+            x, y, width, height = box
+            annotation.add(number, name, (x, y, x + width, y + height), int(crowd), area if _is_number(area) else None)
     return list(annotations.values())
 
 
@@ -70,7 +86,7 @@ def _index(content, part, key):
     return indexed
 
 
-def _annotate_images(path, images, folder, names, classes):
+def _annotate_images(path, images, folder, names):
     """Return id -> Annotation, still without objects, for id -> entry of the images and id -> name of the classes."""
     folder = os.path.abspath(folder or _find_image_folder(path, next(iter(images.values()))["file_name"]))
     listed, annotations = set(), {}
@@ -82,7 +98,7 @@ def _annotate_images(path, images, folder, names, classes):
         image = os.path.normpath(os.path.join(folder, entry["file_name"]))
         size = entry.get("width"), entry.get("height")
         size = size if all(_is_number(side) and side >= 1 for side in size) else None
-        annotation = Annotation(image, f"{path}, image {number}", "annotation", 0, size, classes, number, category_ids)
+        annotation = Annotation(image, f"{path}, image {number}", "annotation", 0, size, number, category_ids)
         if entry["file_name"] not in listed and not os.path.isfile(image):
             problem = f"cannot find its image {image!r:.300}; add it, or give the right folder: {path}:IMAGE_FOLDER"
             annotation.problems.append((UNREADABLE_IMAGE, f"{annotation.path}: {problem}"))
@@ -98,14 +114,6 @@ def _find_image_folder(path, first_image):
         if os.path.isfile(os.path.join(folder, first_image)):
             return folder
     raise InputError(f"{path}: cannot find its image {first_image!r:.300}; give its folder: {path}:IMAGE_FOLDER")
-
-
-def _corners(bbox):
-    """Return the corners of x, y, width, height, or None if this is no list of four numbers."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
-        return None
-    x, y, width, height = bbox
-    return x, y, x + width, y + height
 
 
 def _is_number(value):

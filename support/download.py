@@ -4,6 +4,7 @@ download_voc("data")
 weights = fetch_weights(torchvision.models.VGG16_Weights.IMAGENET1K_V1, "train from scratch with --no-pretrained")
 """
 
+import errno
 import os
 import socket
 import tarfile
@@ -25,6 +26,7 @@ VOC_MIRRORS = (
     "http://host.robots.ox.ac.uk/pascal/VOC/{year}/{name}",
     "https://pjreddie.com/media/files/{name}",
 )
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 
 
 def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60):
@@ -37,10 +39,12 @@ def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60
     :raises InputError: naming the file to put in place if no mirror has it, or the archive if it cannot be unpacked
     """
     make_folder(folder)
+    # Unpacked earlier, and not removed since. Looked up first, because the first archive of a year makes the folder.
+    existing = {year for year, *_ in archives if os.path.isdir(os.path.join(folder, "VOCdevkit", year.upper()))}
     for year, name, md5 in archives:
         path = os.path.join(folder, name)
-        unpacked_marker = os.path.join(folder, "VOCdevkit", year.upper(), f"{name}.unpacked")  # removed with its images
-        if os.path.exists(unpacked_marker):
+        unpacked_marker = f"{path}.unpacked"
+        if os.path.exists(unpacked_marker) and year in existing:
             continue
         if not check_integrity(path, md5):
             _download(path, md5, [mirror.format(year=year, name=name) for mirror in mirrors], patience)
@@ -66,6 +70,8 @@ def _download(path, md5, urls, patience):
             os.replace(f"{path}.part", path)
             return
         except Exception as error:  # servers fail in many ways
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise  # no other mirror can help
             failures.append(f"{url}: {_first_line(error)}")
         finally:
             socket.setdefaulttimeout(earlier_patience)

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import difflib
+import errno
 import functools
 import glob
 import importlib
@@ -45,9 +46,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Do what argparse does, after replacing underscores in the names of options."""
-        args = sys.argv[1:] if args is None else args
-        args = [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in args]
+        args = [self._with_hyphens(argument) for argument in (sys.argv[1:] if args is None else args)]
         return super().parse_known_args(args, namespace)
+
+    def _with_hyphens(self, argument):
+        name, equals, value = argument.partition("=")
+        option = name.replace("_", "-")
+        return option + equals + value if option in self._option_string_actions else argument
 
     def error(self, message):
         """Raise InputError, and for an unknown option name the one that is closest to it."""
@@ -72,9 +77,9 @@ def run_command(main):
             raise KeyboardInterrupt(128 + number)
 
     _handle_signals(interrupt)
+    message = None
     try:
         main()
-        return
     except InputError as error:
         # An error in a DataLoader worker arrives wrapped in its traceback; our own line is the last.
         message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), error.status
@@ -90,8 +95,9 @@ def run_command(main):
     finally:
         _handle_signals(signal.SIG_DFL)
         _end_children()
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(status)
 
 
 def _handle_signals(handler):
@@ -134,7 +140,8 @@ def atomic_writer(path):
             _flush(file)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and error.filename in (None, temporary):  # as if the disk is full
+        is_full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        if is_full or error.filename == temporary:
             error.filename = path
         raise
     finally:

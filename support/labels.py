@@ -1,11 +1,12 @@
-"""Class labels: VOC's names, label maps (class name -> index), the scores of some classes, and colours."""
+"""Class labels: VOC's names, label maps (class name -> index), and colours."""
 
 import colorsys
+import json
 
 import numpy as np
 import torch
 
-from support.files import InputError, read_json, read_text
+from support.files import InputError, read_text
 
 # The 20 classes of Pascal VOC, in the order of the development kit.
 voc_labels = (
@@ -39,19 +40,6 @@ def find_label(name, label_map):
     return label_map.get(name, label_map.get(_OTHER_SPELLINGS.get(name)))
 
 
-def keep_classes(scores, classes):
-    """Return the scores of some classes; the probability of all others counts as background.
-
-    :param scores: (N, P, n_classes), before softmax, background first
-    :param classes: labels of k classes, background excluded; they become 1 ... k
-    :return: scores (N, P, 1 + k), before softmax
-    """
-    scores = scores.float()
-    others = [label for label in range(scores.size(2)) if label not in classes]  # background included
-    background = scores[..., others].logsumexp(dim=2, keepdim=True)  # before softmax, a sum of probabilities
-    return torch.cat([background, scores[..., classes]], dim=2)
-
-
 def check_label_map(label_map, source):
     """Raise InputError that names `source` unless `label_map` is {name: index}, background 0, no gaps."""
     if (
@@ -65,7 +53,7 @@ def check_label_map(label_map, source):
 
 
 def read_labels(path):
-    """Return the label map of a file: one class name per line, or a label map in JSON.
+    """Return the label map of a file: one class name per line, a JSON list of names, or a JSON label map.
 
     :raises InputError: naming the file, if it is none of these
     """
@@ -74,14 +62,33 @@ def read_labels(path):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read class names ({error}); use a text file, one name per line") from error
     if text.lstrip().startswith(("{", "[")):
-        labels = read_json(path, "correct it")
-        check_label_map(labels, path)
-        return labels
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    names = [name for name in lines if name != "background"]
-    if not names or len(set(names)) < len(names):
+        try:
+            labels = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: neither JSON ({error}) nor one class name per line; correct it") from error
+        if isinstance(labels, dict):
+            check_label_map(labels, path)
+            return labels
+    else:
+        labels = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    names = [name for name in labels if name != "background"]
+    are_names = all(type(name) is str and name for name in names)
+    if not names or not are_names or len(set(names)) < len(names):
         raise InputError(f"{path}: expected class names, each once; correct it")
     return make_label_map(names)
+
+
+def keep_classes(scores, classes):
+    """Return the scores of some classes; the probability of all others counts as background.
+
+    :param scores: (N, P, n_classes), before softmax, background first
+    :param classes: labels of k classes, background excluded; they become 1 ... k
+    :return: scores (N, P, 1 + k), before softmax
+    """
+    scores = scores.float()
+    others = [label for label in range(scores.size(2)) if label not in classes]  # background included
+    background = scores[..., others].logsumexp(dim=2, keepdim=True)  # before softmax, a sum of probabilities
+    return torch.cat([background, scores[..., classes]], dim=2)
 
 
 def label_color_map(label_map):

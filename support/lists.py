@@ -78,20 +78,28 @@ def read_data_lists(data_folder, split):
         raise InputError(
             f"{data_folder}: has no {split} split, {image_file} is missing; run create_data_lists.py {remedy}"
         )
+    arrays = _ObjectArrays()
     label_map, images = read_json(label_file), read_json(image_file)
-    check_label_map(label_map, label_file)
-    arrays = _ObjectArrays(len(label_map))
     entries = read_json(object_file, object_hook=arrays.append)  # a list that has the arrays for each valid entry
-    remedy = "run create_data_lists.py again"
+    check_label_map(label_map, label_file)
     if not isinstance(images, list) or not images or not all(path and isinstance(path, str) for path in images):
-        raise InputError(f"{image_file}: expected a list of one or more image paths; {remedy}")
+        raise InputError(f"{image_file}: expected a list of one or more image paths; run create_data_lists.py again")
     if not isinstance(entries, list) or len(entries) != len(images):
-        raise InputError(f"{object_file}: expected a list as long as {image_file}; {remedy}")
-    for image, entry in zip(images, entries, strict=True):
-        if entry is not arrays:
-            raise InputError(f"{object_file}: the objects of {image} are not valid; {remedy}")
-    return SharedPaths(images), SharedObjects(arrays), label_map
+        raise InputError(f"{object_file}: expected a list as long as {image_file}; run create_data_lists.py again")
+    wrong = next((index for index, entry in enumerate(entries) if entry is not arrays), None)
+    if wrong is None and len(arrays.lengths) != len(images):  # dicts in dicts have been read as entries, too
+        wrong = 0
+    if wrong is None:
+        objects = SharedObjects(arrays)
+        wrong = objects.find_wrong(len(label_map))
+    if wrong is not None:
+        raise InputError(f"{object_file}: the objects of {images[wrong]} are not valid; run create_data_lists.py again")
+    return SharedPaths(images), objects, label_map
 
+
+# ---------------------------------------------------------------------------------------------------------
+# Lists in tensors
+# ---------------------------------------------------------------------------------------------------------
 
 # A process that reads a Python object writes its reference count, which copies the object's memory into that process.
 # Tensors are not copied, whether the loading processes are forked or spawned.
@@ -108,12 +116,14 @@ class _SharedList(Sequence):
 
     def span(self, index):
         """Return the slice of the tensors that holds an entry."""
-        position = range(len(self))[index]  # counts from the end if it is negative; may raise IndexError
-        return slice(*self.offsets[position : position + 2].tolist())
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        first, last = self.offsets[index % len(self) :][:2].tolist()
+        return slice(first, last)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self.entry(self.span(position)) for position in range(len(self))[index]]
+            return [self.entry(self.span(position)) for position in range(*index.indices(len(self)))]
         return self.entry(self.span(index))
 
 
@@ -133,32 +143,23 @@ class SharedPaths(_SharedList):
 class _ObjectArrays:
     """The entries of a list of objects, in arrays: as Python objects, all of COCO's take some hundred megabytes."""
 
-    def __init__(self, n_classes):
+    def __init__(self):
         self.lengths, self.boxes, self.labels, self.difficulties = array("q"), array("d"), array("q"), array("B")
-        self.n_classes = n_classes
 
     def append(self, entry):
-        """Append an entry and return these arrays; return None if it is not valid."""
+        """Append an entry and return these arrays; return None if its values have wrong types or numbers."""
         try:
             boxes, labels, difficulties = parts = [entry[key] for key in ("boxes", "labels", "difficulties")]
-            if len(entry) != 3 or not all(type(part) is list for part in parts):
-                return None
-            if not len(boxes) == len(labels) == len(difficulties) or not all(map(_is_box, boxes)):
-                return None
-            if not all(0 < label < self.n_classes for label in labels) or max(difficulties, default=0) > 1:
+            are_lists = all(type(part) is list for part in parts)
+            if not are_lists or not len(boxes) == len(labels) == len(difficulties) or any(len(b) != 4 for b in boxes):
                 return None
             values = array("d", chain.from_iterable(boxes)), array("q", labels), array("B", difficulties)
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, OverflowError):
             return None
         for whole, part in zip((self.boxes, self.labels, self.difficulties), values, strict=True):
             whole.extend(part)
         self.lengths.append(len(labels))
         return self
-
-
-def _is_box(box):
-    x_min, y_min, x_max, y_max = box
-    return 0 <= x_min < x_max < MAX_COORDINATE and 0 <= y_min < y_max < MAX_COORDINATE
 
 
 class SharedObjects(_SharedList):
@@ -174,6 +175,14 @@ class SharedObjects(_SharedList):
             torch.from_numpy(np.array(values)) for values in (arrays.boxes, arrays.labels, arrays.difficulties)
         )
         self.boxes = self.boxes.reshape(-1, 4)
+
+    def find_wrong(self, n_classes):
+        """Return the index of an entry with a box without area, a wrong label or a wrong difficulty, or None."""
+        low, high = self.boxes[:, :2], self.boxes[:, 2:]
+        is_right = ((low >= 0) & (low < high) & (high < MAX_COORDINATE)).all(dim=1)
+        is_right &= (self.labels > 0) & (self.labels < n_classes) & (self.difficulties <= 1)
+        wrong = (~is_right).nonzero().flatten()[:1]
+        return int(torch.searchsorted(self.offsets, wrong, right=True)) - 1 if len(wrong) else None
 
     def entry(self, span):
         """Return the objects in a slice of the tensors as they stand in a list, whole numbers without a point."""

@@ -7,6 +7,7 @@ log.append({"event": "train", "iteration": 20, "loss": 7.5, **stopwatch.figures(
 
 import datetime
 import glob
+import io
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import torchvision
 from tqdm import tqdm
 
 from support.devices import n_processes, name_hardware, rank
-from support.files import InputError, atomic_writer, import_optional
+from support.files import InputError, atomic_writer, import_optional, write_files
 
 
 class RunLog:
@@ -77,8 +78,7 @@ class RunLog:
             return
         try:
             (figures,) = import_optional("curves.png", "matplotlib.figure", packages="matplotlib")
-            with atomic_writer(os.path.join(self.folder, "curves.png")) as file:
-                draw_curves(figures, read_log(self.folder), file)
+            write_files({os.path.join(self.folder, "curves.png"): draw_curves(figures, read_log(self.folder))})
         except InputError:
             return
         except OSError as error:
@@ -102,9 +102,11 @@ def import_tensorboard():
 
 def describe_run(settings, classes, precision):
     """Return the first record of a log: settings, classes, versions, hardware, precision, git commit."""
-    command, commit = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"], None
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or not a repository
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
+        commit = None
     return {
         "event": "start",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -171,11 +173,10 @@ def show(bar, record, batch_size):
         print(f"iteration {record['iteration']} of {bar.total}: {figures}", flush=True)
 
 
-def draw_curves(figures, records, file):
-    """Draw the losses, the learning rate and the validations in the records of a log.
+def draw_curves(figures, records):
+    """Return a PNG picture of the losses, the learning rate and the validations in the records of a log.
 
     :param figures: the module matplotlib.figure
-    :param file: for writing bytes; gets a PNG picture
     """
     training = [record for record in records if record["event"] == "train"]
     validations = [record for record in records if record["event"] == "validation"]
@@ -195,7 +196,9 @@ def draw_curves(figures, records, file):
     scores.set(xlabel="iteration", ylabel="validation mAP", ylim=(-0.02, 1.02))
     for axes in (losses, rates, scores):
         axes.grid(alpha=0.3)
-    figure.savefig(file, format="png", dpi=100)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
 
 
 def _points(records, name):

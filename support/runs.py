@@ -1,9 +1,13 @@
-"""The output folder of a training: where it is, when it may be overwritten, what a run may resume from."""
+"""The output folder of a training: where it is, when it may be overwritten, what a run may resume from.
+
+checkpoint, data_folder, chosen_on = choose_sources(None, "data/voc")  # runs/voc/checkpoint.pth
+check_overwriting(settings)
+check_same_run(read_checkpoint(path), settings, defaults, dataset)
+"""
 
 import glob
 import os
 import shlex
-import textwrap
 from contextlib import suppress
 
 from support.checkpoints import read_checkpoint, read_origin
@@ -15,6 +19,7 @@ DATA_FOLDER = "data/voc"  # if neither the command line nor a checkpoint names o
 RUN_FILES = ("checkpoint.pth", "best.pth", "log.jsonl", "curves.png", "detected.png")  # in the output folder
 # Settings that a resumed run cannot change.
 FIXED = ("batch_size", "seed", "size", "priors", "no_pretrained", "base", "init_from", "no_difficult")
+MAX_NAMES = 8  # of classes to print
 MANY_EPOCHS = 1000  # the published schedule makes 232 on VOC
 
 
@@ -161,7 +166,7 @@ def announce(description, dataset, held_out):
     """
     settings = description["settings"]
     names = [name for name in description["classes"] if name != "background"]
-    shown = textwrap.shorten(", ".join(names), 80, placeholder=" …")
+    shown = ", ".join(names[:MAX_NAMES]) + (" …" if len(names) > MAX_NAMES else "")
     device = f"{description['precision']} on {description['hardware']}"
     print(f"SSD{settings['size']} of {len(names)} classes ({shown}), {device}")
     epochs = settings["iterations"] * settings["batch_size"] / len(dataset)

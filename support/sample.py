@@ -9,23 +9,17 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
+from support.annotations import label_objects
 from support.files import InputError, make_folder, read_json
 from support.labels import make_label_map
-from support.voc import create_data_lists
+from support.lists import write_data_lists
+from support.voc import read_split
 
 SAMPLE_LABELS = ("disc", "rectangle", "triangle", "star", "ring")
 SAMPLE_SIZES = ((320, 240), (240, 320), (300, 300), (400, 300))  # (width, height) of images, pixels
 SAMPLE_OBJECTS = (0, 1, 1, 1, 2, 2, 3, 4)  # numbers of objects in an image, equally likely
 SAMPLE_SIDES = (0.12, 0.6)  # mean side of an object, as a share of the image's shorter side
 SAMPLE_MAX_OVERLAP = 0.2  # largest intersection of two boxes, as a share of the smaller one's area
-ANNOTATION = (
-    "<annotation><filename>{}.jpg</filename><size><width>{}</width><height>{}</height><depth>3</depth></size>{}"
-    "</annotation>"
-)
-OBJECT = (
-    "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>"
-    "<ymax>{}</ymax></bndbox></object>"
-)
 
 
 def make_sample(output_folder, n_train=240, n_test=60, n_val=0, by_heart=False, seed=0):
@@ -35,7 +29,7 @@ def make_sample(output_folder, n_train=240, n_test=60, n_val=0, by_heart=False, 
     :param n_train, n_test, n_val: numbers of images; without any for validation, there are no VAL lists
     :param by_heart: validate on the training images, for a training that is to learn them by heart; n_val is not used
     :param seed: same seed, same images and annotations
-    :return: the lists, as `create_data_lists` returns them
+    :return: the lists, as `label_objects` returns them
     :raises InputError: if the folder has the lists of other data
     """
     label_map = make_label_map(SAMPLE_LABELS)
@@ -50,13 +44,20 @@ def make_sample(output_folder, n_train=240, n_test=60, n_val=0, by_heart=False, 
         image, annotation = draw_sample(f"{number:06}", np.random.default_rng((seed, number)))
         image.save(os.path.join(root, "JPEGImages", f"{number:06}.jpg"), quality=90)
         annotation.write(os.path.join(root, "Annotations", f"{number:06}.xml"))
-    parts = {"trainval": numbers[:n_train], "test": numbers[n_train:][:n_test], "val": numbers[n_train + n_test :]}
-    for split, part in parts.items():
+    train, test, validation = numbers[:n_train], numbers[n_train:][:n_test], numbers[n_train + n_test :]
+    splits = {}
+    for split, name, part in (
+        ("TRAIN", "trainval", train),
+        ("VAL", "val", train if by_heart else validation),
+        ("TEST", "test", test),
+    ):
         if part:
-            with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), "w", encoding="utf-8") as file:
+            with open(os.path.join(root, "ImageSets", "Main", f"{name}.txt"), "w", encoding="utf-8") as file:
                 file.writelines(f"{number:06}\n" for number in part)
-    validation = [(root, "trainval" if by_heart else "val")] if by_heart or n_val else []
-    return create_data_lists([(root, "trainval")], [(root, "test")], output_folder, label_map, validation)
+            splits[split] = read_split(root, name)
+    lists = label_objects(splits, label_map)
+    write_data_lists(lists, label_map, output_folder)
+    return lists
 
 
 def draw_sample(name, rng):
@@ -76,10 +77,22 @@ def draw_sample(name, rng):
         label = SAMPLE_LABELS[rng.integers(len(SAMPLE_LABELS))]
         difficult = rng.random() < 0.1
         draw_shape(image, label, box, 0.35 if difficult else 1.0, rng)
-        objects.append(OBJECT.format(label, int(difficult), *(value + 1 for value in box)))
-    annotation = ElementTree.fromstring(ANNOTATION.format(name, width, height, "".join(objects)))
+        corners = [(corner, value + 1) for corner, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)]
+        objects.append(("object", [("name", label), ("difficult", int(difficult)), ("bndbox", corners)]))
+    size = [("width", width), ("height", height), ("depth", 3)]
+    annotation = _element("annotation", [("filename", f"{name}.jpg"), ("size", size), *objects])
     ElementTree.indent(annotation)
     return image, ElementTree.ElementTree(annotation)
+
+
+def _element(tag, content):
+    """Return an XML element that holds a value, or a list of elements (tag, content)."""
+    element = ElementTree.Element(tag)
+    if isinstance(content, list):
+        element.extend(_element(*child) for child in content)
+    else:
+        element.text = str(content)
+    return element
 
 
 def _place_box(width, height, others, rng, trials=20):

@@ -10,8 +10,9 @@ from support import coco, voc, yolo
 from support.annotations import UNREADABLE_IMAGE
 from support.files import InputError
 
-# The split of a source that is read if it names none; YOLO's are train, val and test, COCO's files have one each.
+# The split of a source that is read if it names none; COCO's files have one each.
 VOC_SPLITS = {"TRAIN": "trainval", "VAL": "val", "TEST": "test"}
+YOLO_SPLITS = {"TRAIN": "train", "VAL": "val", "TEST": "test"}
 
 
 def read_sources(sources, split=None, zero_based=False, classes=None):
@@ -27,9 +28,7 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
     """
     annotations = []
     for source in sources:
-        path, _, part = source.rpartition(":")
-        if not path or not part or os.path.exists(source):  # the path may contain colons itself
-            path, part = source, None
+        path, part = _parse_source(source)
         if not os.path.isdir(os.path.join(path, "Annotations")) and os.path.isfile(os.path.join(path, "data.yaml")):
             path = os.path.join(path, "data.yaml")
         if os.path.isdir(path):
@@ -40,10 +39,16 @@ def read_sources(sources, split=None, zero_based=False, classes=None):
                 "(FILE.json[:IMAGE_FOLDER]) or of YOLO's (DATA.yaml[:SPLIT])"
             )
         elif path.lower().endswith((".yaml", ".yml")):
-            annotations += yolo.read_split(path, part or (split and split.lower()), classes)
+            annotations += yolo.read_split(path, part or YOLO_SPLITS.get(split), classes)
         else:
             annotations += coco.read_file(path, part, classes)
     return annotations
+
+
+def _parse_source(source):
+    """Return (path, what follows the last colon, or None); the path may contain colons itself."""
+    path, _, part = source.rpartition(":")
+    return (path, part) if path and part and not os.path.exists(source) else (source, None)
 
 
 def print_ignored(splits):

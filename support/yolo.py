@@ -8,9 +8,9 @@ import os
 
 from tqdm import tqdm
 
-from support.annotations import NO_CLASS, UNREADABLE, UNREADABLE_IMAGE, Annotation, find_images, parse_number
+from support.annotations import NO_BOX, NO_CLASS, UNREADABLE, UNREADABLE_IMAGE, Annotation
 from support.files import InputError, import_optional, read_text
-from support.images import read_size
+from support.images import IMAGE_SUFFIXES, read_size
 
 
 def read_split(path, split, classes=None):
@@ -69,7 +69,7 @@ def _list_images(path, config, split):
             location = os.path.abspath(os.path.join(os.path.dirname(path), root, entry.removeprefix("../")))
         try:
             if os.path.isdir(location):
-                part = find_images(location)
+                part = _find_images(location)
             else:
                 lines = [line.strip() for line in read_text(location).split("\n")]
                 part = [os.path.abspath(os.path.join(os.path.dirname(location), line)) for line in lines if line]
@@ -81,11 +81,22 @@ def _list_images(path, config, split):
     return images
 
 
+def _find_images(folder):
+    """Return the paths of all images in a folder and its subfolders, sorted."""
+    images = []
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            images += _find_images(entry.path)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            images.append(entry.path)
+    return sorted(images)
+
+
 def _read_annotation(image, names, classes, has_keypoints):
     """Return the Annotation of an image, without objects if there is no label file."""
     # The last folder images becomes labels.
     stem = f"{os.sep}labels{os.sep}".join(os.path.splitext(image)[0].rsplit(f"{os.sep}images{os.sep}", 1))
-    annotation = Annotation(image, f"{stem}.txt", unit="line", classes=classes)
+    annotation = Annotation(image, f"{stem}.txt", unit="line")
     try:
         if not os.path.isfile(image):  # a pipe would block
             raise InputError(f"{image}: no such image; add it or take it out of the data")
@@ -102,20 +113,25 @@ def _read_annotation(image, names, classes, has_keypoints):
         if not line.strip():
             continue
         index, *words = line.split()
-        name = names.get(parse_number(index))
-        if name is None:
-            annotation.report(NO_CLASS, number, index[:99], "has no name in the yaml; correct it or add the name")
-        else:
-            box = _read_box(words[:4] if has_keypoints else words, annotation.size)
-            annotation.add(number, name, box, source=line.strip())
+        try:
+            name = names.get(float(index))
+            if name is None:
+                annotation.report(NO_CLASS, number, index[:99], "has no name in the yaml; correct it or add the name")
+            elif classes is None or name in classes:
+                annotation.add(number, name, _read_box(words[:4] if has_keypoints else words, annotation.size))
+            else:
+                annotation.ignored.append(name)
+        except ValueError:
+            problem = f"is {line.strip()!r:.99}; expected class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... of a polygon"
+            annotation.report(NO_BOX, number, index[:99], problem)
     return annotation
 
 
 def _read_box(words, size):
-    """Return a line's box in pixels of an image of `size`, or None if there is none."""
-    numbers = [parse_number(word) for word in words]
+    """Return a line's box in pixels of an image of `size`; raises ValueError if there is none."""
+    numbers = [float(word) for word in words]
     if len(numbers) in (0, 2) or len(numbers) % 2 or not all(map(math.isfinite, numbers)):
-        return None
+        raise ValueError
     if len(numbers) == 4:
         cx, cy, w, h = numbers
         box = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2

@@ -104,8 +104,8 @@ def test_messages_name_the_file_the_image_and_the_annotation(write):
     kind, message = read_problem(path)
     assert kind == NO_AREA
     assert message.startswith(f"{path}, image 42: annotation 17 (dog) has a box without area")
-    ((_, message),) = find_problems({"TRAIN": read_file(write([entry(17, bbox=[100, 5, 5, 9])]))})
-    assert message.startswith(f"{path}, image 42: annotation 17 (dog) has a box outside the image")
+    outside = read_file(write([entry(17, bbox=[100, 5, 5, 9])]))[0]
+    assert find_problems(outside)[0][1].startswith(f"{path}, image 42: annotation 17 (dog) has a box outside the image")
 
 
 def test_the_file_is_read_as_pycocotools_reads_it(write):
@@ -156,32 +156,32 @@ def test_a_name_with_two_ids_is_one_class_without_an_id_and_spaces_in_names_are_
         ({"category_id": [18]}, NO_CLASS, "has unknown category_id [18]"),
         ({"category_id": 18.0}, NO_CLASS, "has unknown category_id 18.0"),
         ({"category_id": "dog\n"}, NO_CLASS, r"has unknown category_id 'dog\n'"),
-        ({"bbox": MISSING}, NO_BOX, "image 42: annotation 17 (dog) has the box None"),
-        ({"bbox": {"x": 1}}, NO_BOX, "has the box {'x': 1}"),
-        ({"bbox": "10 20 30 40"}, NO_BOX, "has the box '10 20 30 40'"),
-        ({"bbox": []}, NO_BOX, "has the box []"),
-        ({"bbox": [1, 2, 3]}, NO_BOX, "has the box [1, 2, 3]"),
-        ({"bbox": [1, 2, 3, 4, 5]}, NO_BOX, "has the box [1, 2, 3, 4, 5]"),
-        ({"bbox": [1, 2, "3", 4]}, NO_BOX, "has the box [1, 2, '3', 4]"),
-        ({"bbox": [1, 2, [3], 4]}, NO_BOX, "has the box [1, 2, [3], 4]"),
-        ({"bbox": [1, 2, True, 4]}, NO_BOX, "has the box [1, 2, True, 4]"),
-        ({"bbox": [1, None, 3, 4]}, NO_BOX, "has the box [1, None, 3, 4]"),
-        ({"bbox": [1, math.nan, 3, 4]}, NO_BOX, "has the box [1, nan, 3, 4]"),
-        ({"bbox": [-math.inf, 2, math.inf, 4]}, NO_BOX, "has the box [-inf, 2, inf, 4]"),
-        ({"bbox": [1, 2, 3, 10**400]}, NO_BOX, "has the box [1, 2, 3, 1000000"),
-        ({"bbox": [9e8, 2, 9e8, 4]}, NO_BOX, "expected x, y, width, height in pixels"),
+        ({"bbox": MISSING}, NO_BOX, "image 42: annotation 17 (dog) has bbox None"),
+        ({"bbox": {"x": 1}}, NO_BOX, "has bbox {'x': 1}"),
+        ({"bbox": "10 20 30 40"}, NO_BOX, "has bbox '10 20 30 40'"),
+        ({"bbox": []}, NO_BOX, "has bbox []"),
+        ({"bbox": [1, 2, 3]}, NO_BOX, "has bbox [1, 2, 3]"),
+        ({"bbox": [1, 2, 3, 4, 5]}, NO_BOX, "has bbox [1, 2, 3, 4, 5]"),
+        ({"bbox": [1, 2, "3", 4]}, NO_BOX, "has bbox [1, 2, '3', 4]"),
+        ({"bbox": [1, 2, [3], 4]}, NO_BOX, "has bbox [1, 2, [3], 4]"),
+        ({"bbox": [1, 2, True, 4]}, NO_BOX, "has bbox [1, 2, True, 4]"),
+        ({"bbox": [1, None, 3, 4]}, NO_BOX, "has bbox [1, None, 3, 4]"),
+        ({"bbox": [1, math.nan, 3, 4]}, NO_BOX, "has bbox [1, nan, 3, 4]"),
+        ({"bbox": [-math.inf, 2, math.inf, 4]}, NO_BOX, "has bbox [-inf, 2, inf, 4]"),
+        ({"bbox": [1, 2, 3, 10**400]}, NO_BOX, "has bbox [1, 2, 3, 1000000"),
+        ({"bbox": [9e8, 2, 9e8, 4]}, NO_BOX, "expected numbers of pixels"),
         ({"bbox": [1, 2, 0, 4]}, NO_AREA, "without area, [1, 2, 1, 6]"),
         ({"bbox": [1, 2, 3, -4]}, NO_AREA, "without area"),
         ({"bbox": [-9, 2, 9, 4]}, NO_AREA, "without area"),
-        ({"iscrowd": 2}, NO_BOX, "has difficult or iscrowd 2; expected 0 or 1"),
-        ({"iscrowd": None}, NO_BOX, "has difficult or iscrowd None"),
-        ({"iscrowd": [1]}, NO_BOX, "has difficult or iscrowd [1]"),
+        ({"iscrowd": 2}, NO_BOX, "has iscrowd 2; expected 0 or 1"),
+        ({"iscrowd": None}, NO_BOX, "has iscrowd None"),
+        ({"iscrowd": [1]}, NO_BOX, "has iscrowd [1]"),
         ({"image_id": 1}, NO_IMAGE, "instances_val.json: annotation 17 (dog) has unknown image_id 1"),
         ({"image_id": MISSING}, NO_IMAGE, "has unknown image_id None"),
         ({"image_id": {"id": 42}}, NO_IMAGE, "has unknown image_id {'id': 42}"),
         ({"image_id": 42.0}, NO_IMAGE, "has unknown image_id 42.0"),
-        ({"number": MISSING, "bbox": []}, NO_BOX, "annotation at index 0 (dog) has the box"),
-        ({"number": "x\ny", "bbox": []}, NO_BOX, "annotation at index 0 (dog) has the box"),
+        ({"number": MISSING, "bbox": []}, NO_BOX, "annotation at index 0 (dog) has bbox"),
+        ({"number": "x\ny", "bbox": []}, NO_BOX, "annotation at index 0 (dog) has bbox"),
     ],
 )  # fmt: skip
 def test_an_annotation_that_is_not_valid_is_a_problem(write, changes, kind, message):
@@ -215,7 +215,7 @@ def test_a_size_that_is_no_size_is_not_used(write, side):
     assert [annotation.size for annotation in annotations] == [None, (50, 60)]
 
 
-def test_objects_of_other_classes_are_ignored_whatever_their_boxes_are(write):
+def test_objects_of_other_classes_are_ignored_whatever_is_wrong_with_them(write):
     entries = [
         entry(1),
         entry(2, category_id=3),
@@ -227,9 +227,9 @@ def test_objects_of_other_classes_are_ignored_whatever_their_boxes_are(write):
     annotations = read_file(write(entries), classes={"dog"})
     assert [[part.number for part in annotation.objects] for annotation in annotations] == [[1], [], []]
     messages = [message for annotation in annotations for _, message in annotation.problems]
-    assert len(messages) == 3
-    for message, part in zip(messages, ("4 (car) has unknown image_id", "5 (no name)", "6 (dog)"), strict=True):
-        assert f"annotation {part}" in message
+    assert len(messages) == 2
+    assert "annotation 5 (no name)" in messages[0]
+    assert "annotation 6 (dog)" in messages[1]
 
 
 def test_an_annotation_of_no_image_is_reported_once_and_dropped_without_an_image(write):
@@ -469,7 +469,7 @@ def test_random_damage_ends_in_one_line_or_in_objects_and_problems_that_account_
                 assert all(0 <= value < 1e9 for value in part.box)
                 assert part.difficult in (0, 1)
                 assert part.area is None or math.isfinite(part.area)
-            find_problems({"TRAIN": [annotation]})
+            find_problems(annotation)
     assert min(n_read, n_refused) > 100, (n_read, n_refused)
     assert kinds >= {UNREADABLE, UNREADABLE_IMAGE, NO_CLASS, NO_BOX, NO_IMAGE}
 

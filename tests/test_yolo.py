@@ -55,7 +55,7 @@ def boxes(annotation):
 
 def kinds(annotation):
     """Return the kinds of an annotation's problems, which must name its label file, each in one line."""
-    problems = find_problems({"TRAIN": [annotation]})
+    problems = find_problems(annotation)
     for _, line in problems:
         assert line.startswith(f"{annotation.path}: line ")
         assert "\n" not in line
@@ -139,7 +139,7 @@ def test_shares_are_of_the_upright_image(tmp_path, dataset):
         ("0 0.1 0.1 0.2 nan 0.3 0.3", NO_BOX),
         ("0 0.5 0.5 1e308 0.2", NO_BOX),
         ("0 0,5 0,5 0,2 0,2", NO_BOX),
-        ("cat 0.5 0.5 0.2 0.2", NO_CLASS),
+        ("cat 0.5 0.5 0.2 0.2", NO_BOX),
         ("0 0.5 0.5 0.2 0.2" + " 7" * 10_001, NO_BOX),
         ("2 0.5 0.5 0.2 0.2", NO_CLASS),
         ("-1 0.5 0.5 0.2 0.2", NO_CLASS),
@@ -156,7 +156,7 @@ def test_a_line_that_is_not_valid_is_a_problem_and_the_others_are_read(dataset, 
     annotation = dataset(f"0 0.5 0.5 0.2 0.2\n{line}\n1 0.5 0.5 0.2 0.2\n")
     assert [number for number, *_ in boxes(annotation) if number != 2] == [1, 3]
     assert kinds(annotation) == [kind]
-    assert ": line 2 (" in find_problems({"TRAIN": [annotation]})[0][1]
+    assert ": line 2 (" in find_problems(annotation)[0][1]
 
 
 def test_objects_of_other_classes_are_ignored_before_their_boxes_are_checked(dataset):
