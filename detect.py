@@ -198,8 +198,8 @@ def example_pictures(dataset, model, limits=DETECTION_LIMITS, n=4):
     for number, (path, objects) in enumerate(zip(dataset.images[:n], dataset.objects[:n], strict=True), start=1):
         image = read_image(path)
         labels = [names[label] for label in objects["labels"]]
-        truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels])
-        detected = annotate(image, find_objects(image, model, *limits), colors)
+        truth = draw_boxes(image, objects["boxes"], labels, [colors[label] for label in labels], legend=True)
+        detected = annotate(image, find_objects(image, model, *limits), colors, legend=True)
         pictures.append((f"image {number}", Image.fromarray(np.concatenate([truth, detected], axis=1))))
     model.train(was_training)
     return pictures

@@ -8,14 +8,15 @@ boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, *
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from support.checkpoints import KNOWN_SYSTEMS, read_weights
-from support.download import fetch_weights
+from support.devices import load_nms
+from support.download import VGG16_WEIGHTS, fetch_weights
 from support.files import InputError
 from support.labels import find_label
 from utils import (
@@ -182,9 +183,7 @@ class VGGBase(nn.Module):
 
         Written as a convolution, fc6 has 4096 filters of 7x7: every 4th filter, every 3rd row and column are kept.
         """
-        pretrained = fetch_weights(
-            torchvision.models.VGG16_Weights.IMAGENET1K_V1, "train from scratch with --no-pretrained"
-        )  # fmt: skip
+        pretrained = fetch_weights(VGG16_WEIGHTS, "train from scratch with --no-pretrained")
         convolutions = [name for name in pretrained if name.startswith("features.")]
         own = [name for name in self.state_dict() if not name.startswith(("conv6", "conv7"))]
         layers = dict(zip(own, (pretrained[name] for name in convolutions), strict=True))
@@ -293,14 +292,15 @@ class SSD300(nn.Module):
 
     def set_pixel_mean(self, pixel_mean):
         """Set what the base takes: RGB of 0-255 minus this mean, or ImageNet-normalised images if it is None."""
+        # NumPy, because arithmetic on PyTorch's meta device imports its compiler.
         self.pixel_mean = pixel_mean
-        mean, std = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        own_mean = mean if pixel_mean is None else torch.tensor(pixel_mean).view(3, 1, 1)
-        own_std = std if pixel_mean is None else torch.ones(3, 1, 1)
+        mean, std = (255 * np.float32(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        own_mean = mean if pixel_mean is None else np.float32(pixel_mean).reshape(3, 1, 1)
+        own_std = std if pixel_mean is None else np.ones_like(std)
         # The base gets (bytes - byte_mean) / byte_std or, with a pixel_mean, floats * input_scale + input_shift.
         buffers = {"byte_mean": own_mean, "byte_std": own_std, "input_scale": std, "input_shift": mean - own_mean}
         for name, values in buffers.items():
-            self.register_buffer(name, values, persistent=False)
+            self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def decode(self, predicted_locs):
         """Return the boxes (N, P, 4), fractional xy, of predicted offsets (N, P, 4), gcxgcy."""
@@ -367,7 +367,7 @@ def _non_maximum_suppression(boxes, scores, min_score, max_overlap, top_k):
         # Move each class to a region of its own: one call then suppresses within classes. Float64 keeps overlaps exact.
         shifted = boxes[prior_indices].double().clamp(-1e6, 1e6)
         shifted = shifted + classes[:, None] * (shifted.max() - shifted.min() + 1)
-        kept = torchvision.ops.nms(shifted, flat[candidates].double(), max_overlap)[:top_k]
+        kept = load_nms()(shifted, flat[candidates].double(), max_overlap)[:top_k]
         if len(kept) == top_k or len(candidates) >= n_candidates:
             return boxes[prior_indices[kept]], classes[kept] + 1, flat[candidates[kept]]
         n_best *= 4
@@ -593,8 +593,8 @@ class MultiBoxLoss(nn.Module):
 
 
 def _initialize(module, initialize, **options):
-    """Initialise the convolutions of a module: weights by `initialize`, biases to 0."""
+    """Initialise the convolutions of a module, unless on the meta device: weights by `initialize`, biases to 0."""
     for child in module.children():
-        if isinstance(child, nn.Conv2d):
+        if isinstance(child, nn.Conv2d) and not child.weight.is_meta:
             initialize(child.weight, **options)
             nn.init.zeros_(child.bias)

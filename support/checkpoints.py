@@ -13,21 +13,21 @@ from collections import OrderedDict
 from types import SimpleNamespace
 
 import torch
-from torchvision.models.detection import SSD300_VGG16_Weights
 
-from support.download import fetch_weights
+from support.download import COCO_WEIGHTS, fetch_weights
 from support.files import InputError, atomic_writer
-from support.labels import check_label_map, make_label_map
+from support.labels import check_label_map, coco_labels, make_label_map
 from support.labels import label_map as voc_label_map
 
 FORMAT = "ssd300-1"  # of both sizes; changes when older files can no longer be read
 KNOWN_SYSTEMS = "an SSD300 or SSD512 of this code, the public PyTorch tutorial, ssd.pytorch, lufficc/SSD or torchvision"
 CAFFE_MEAN = (123.0, 117.0, 104.0)  # RGB, 0-255
 
-# The classes of torchvision's ssd300_vgg16: background and COCO's 90 ids, ten of which COCO does not use.
-_CATEGORIES = SSD300_VGG16_Weights.COCO_V1.meta["categories"]
-_USED_CATEGORIES = [index for index, name in enumerate(_CATEGORIES) if name != "N/A"]
-coco_label_map = make_label_map(_CATEGORIES[index] for index in _USED_CATEGORIES[1:])
+coco_label_map = make_label_map(coco_labels)
+
+# torchvision's ssd300_vgg16 has background and COCO's 90 ids, ten of which COCO does not use.
+_N_CATEGORIES = 91
+_USED_CATEGORIES = [index for index in range(_N_CATEGORIES) if index not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 # VGG-16's convolutions in the numbering of other systems: conv1_1 ... conv5_3, conv6 and conv7.
 _VGG_NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33)
@@ -72,7 +72,7 @@ _SYSTEMS = {
         ],
         "auxiliary": [f"backbone.extra.{block}.{layer}" for block in (1, 2, 3, 4) for layer in (0, 2)],
         "predictions": ("head.regression_head.module_list", "head.classification_head.module_list"),
-        "priors": {300: {len(_CATEGORIES): "coco", None: "coco"}},
+        "priors": {300: {_N_CATEGORIES: "coco", None: "coco"}},
         "pixel_mean": (255 * 0.48235, 255 * 0.45882, 255 * 0.40784),
     },
 }
@@ -174,7 +174,7 @@ def read_weights(source, parameter_names, label_map=None):
     :raises InputError: naming the file, if it cannot be used
     """
     if source == "coco":
-        contents = fetch_weights(SSD300_VGG16_Weights.COCO_V1, "name a file of weights instead of coco")
+        contents = fetch_weights(COCO_WEIGHTS, "name a file of weights instead of coco")
     else:
         contents = _read(source)
     if isinstance(contents, dict) and "format" in contents:
@@ -210,7 +210,7 @@ def _describe(contents, parameter_names, label_map, source):
             raise ValueError("not 4 priors per cell")
         if "scale" in system:
             weights["rescale_factors"] = weights["rescale_factors"][None, :, None, None]
-        if n_classes == len(_CATEGORIES) and n_classes in families:
+        if n_classes == _N_CATEGORIES and n_classes in families:
             for parameter, value in weights.items():
                 if parameter.startswith("pred_convs.cl_"):
                     # (n_priors * 91, ...) -> (n_priors, 91, ...) -> (n_priors * 81, ...)

@@ -230,7 +230,7 @@ def _preview_pair(dataset, index, criterion):
     small = original.resize([max(1, round(side * scale)) for side in original.size])
     labels = [names[label] for label in dataset.objects[index]["labels"]]
     boxes = (np.array(dataset.objects[index]["boxes"]).reshape(-1, 4) * scale).tolist()
-    left = draw_boxes(small, boxes, labels, [colors[name] for name in labels])
+    left = draw_boxes(small, boxes, labels, [colors[name] for name in labels], legend=True)
 
     # Draw what the network gets in the first epoch.
     image, boxes, labels, _ = dataset[0, index]
@@ -240,7 +240,7 @@ def _preview_pair(dataset, index, criterion):
     labels = [names[label] for label in labels.tolist()]
     captions = [f"{name} {count}" for name, count in zip(labels, counts, strict=True)]
     right = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((TILE, TILE))
-    right = draw_boxes(right, (boxes * TILE).tolist(), captions, [colors[name] for name in labels])
+    right = draw_boxes(right, (boxes * TILE).tolist(), captions, [colors[name] for name in labels], legend=True)
 
     file_name = os.path.basename(dataset.images[index])
     return (

@@ -1,7 +1,7 @@
 """Downloads: Pascal VOC and published weights.
 
 download_voc("data")
-weights = fetch_weights(torchvision.models.VGG16_Weights.IMAGENET1K_V1, "train from scratch with --no-pretrained")
+weights = fetch_weights(VGG16_WEIGHTS, "train from scratch with --no-pretrained")
 """
 
 import errno
@@ -11,7 +11,6 @@ import tarfile
 from contextlib import suppress
 
 import torch
-from torchvision.datasets.utils import check_integrity, download_url
 
 from support.files import InputError, make_folder
 
@@ -27,6 +26,9 @@ VOC_MIRRORS = (
     "https://pjreddie.com/media/files/{name}",
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+# torchvision's VGG16_Weights.IMAGENET1K_V1 and SSD300_VGG16_Weights.COCO_V1.
+VGG16_WEIGHTS = "https://download.pytorch.org/models/vgg16-397923af.pth"
+COCO_WEIGHTS = "https://download.pytorch.org/models/ssd300_vgg16_coco-b556d3b4.pth"
 
 
 def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60):
@@ -38,6 +40,8 @@ def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60
     :param patience: seconds without an answer after which the next mirror is tried
     :raises InputError: naming the file to put in place if no mirror has it, or the archive if it cannot be unpacked
     """
+    from torchvision.datasets.utils import check_integrity  # only here, because it takes a second
+
     make_folder(folder)
     # Unpacked earlier, and not removed since. Looked up first, because the first archive of a year makes the folder.
     existing = {year for year, *_ in archives if os.path.isdir(os.path.join(folder, "VOCdevkit", year.upper()))}
@@ -59,6 +63,8 @@ def download_voc(folder, archives=VOC_ARCHIVES, mirrors=VOC_MIRRORS, patience=60
 
 def _download(path, md5, urls, patience):
     """Download a file from the first URL that has it whole; raises InputError if none has."""
+    from torchvision.datasets.utils import download_url
+
     folder, name = os.path.split(path)
     failures = []
     for url in urls:
@@ -80,19 +86,19 @@ def _download(path, md5, urls, patience):
     raise InputError(f"{path}: cannot be fetched ({'; '.join(failures)}); put this file in place and try again")
 
 
-def fetch_weights(weights, alternative):
+def fetch_weights(url, alternative):
     """Return the state dict of published weights, which are downloaded once, checked and cached.
 
-    :param weights: member of one of torchvision's enums of weights
+    :param url: of torchvision's weights; the name of the file ends in its checksum
     :param alternative: what the user can do without them, for the error
     :raises InputError: naming the cache file to put in place, if they cannot be downloaded
     """
-    cache_file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+    cache_file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # the network, the disk and a broken file raise different errors
         raise InputError(
-            f"cannot get torchvision's {weights} ({_first_line(error)}): put {weights.url} in place as {cache_file}, "
+            f"cannot get torchvision's weights ({_first_line(error)}): put {url} in place as {cache_file}, "
             f"or {alternative}"
         ) from error
 

@@ -10,6 +10,7 @@ import os
 import unicodedata
 import warnings
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from support.files import InputError, atomic_writer
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # in lower or upper case
 WRITABLE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 GRID_COLOR = (150, 150, 150)
+LONGEST_SIDE = 16_383  # pixels, of a WebP image
 MOST_HIDDEN, MOST_HIDDEN_OWN = 1 / 20, 2 / 3  # share of a box that the caption of another, and its own, may cover
 TILE_MARGIN, TILE_TITLE_HEIGHT, TILE_TITLE_SIZE = 14, 26, 16  # pixels
 UNKNOWN_CHARACTER = "\U0010ffff"  # no font has it
@@ -161,7 +163,8 @@ def draw_boxes(image, boxes, captions, colors, grid=0, legend=False):
     """Return an upright RGB copy of an image with boxes and captions drawn into it, the first on top.
 
     A caption covers no other caption, at most MOST_HIDDEN_OWN of its box, and at most MOST_HIDDEN of any other box that
-    has a caption. If there is no such position at its box, it is left out; with a legend, a number takes its place.
+    has a caption. If there is no such position at its box, it is left out; with a legend, a number takes its place,
+    where it hides least. A legend that would not fit beside a small picture is left out, too.
 
     :param image: PIL image of any mode and size
     :param boxes: n boxes, pixel xy of the upright image
@@ -180,9 +183,16 @@ def draw_boxes(image, boxes, captions, colors, grid=0, legend=False):
     font, captions = _fit_captions(captions, canvas.size, line_width)
     boxes = np.array(boxes, dtype=float).reshape(-1, 4)
     boxes[:, 2:] = boxes[:, 2:].clip(boxes[:, :2] + 2 * line_width)  # room for the lines of all four sides
-    texts, rectangles = _place_captions(boxes, captions, font, line_width, canvas.size, legend)
     # Write in black or white, whichever is legible: by the luminance of ITU-R BT.601.
     inks = ["black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white" for color in colors]
+    texts, rectangles = _place_captions(boxes, captions, font, line_width, canvas.size, legend)
+    styled = zip(texts, captions, colors, inks, strict=True)
+    numbered = [(text, caption, *style) for text, caption, *style in styled if text not in ("", caption)]
+    if numbered:
+        layout = _lay_out_legend(numbered, font, line_width, canvas.height)
+        if layout.width > min(canvas.width, LONGEST_SIDE - canvas.width):
+            texts, rectangles = _place_captions(boxes, captions, font, line_width, canvas.size, legend=False)
+            numbered = []
 
     # Draw all boxes, then all captions, each from the last to the first, so that the first ends up on top.
     objects = list(zip(captions, texts, colors, inks, boxes.tolist(), rectangles.tolist(), strict=True))
@@ -191,8 +201,7 @@ def draw_boxes(image, boxes, captions, colors, grid=0, legend=False):
     for _, text, color, ink, _, rectangle in reversed(objects):
         if text:
             _draw_label(draw, rectangle, text, color, ink, font, line_width)
-    numbered = [(text, caption, color, ink) for caption, text, color, ink, *_ in objects if text not in ("", caption)]
-    return _add_legend(canvas, numbered, font, line_width) if numbered else canvas
+    return _add_legend(canvas, numbered, layout, font, line_width) if numbered else canvas
 
 
 def _fit_captions(captions, image_size, line_width):
@@ -298,25 +307,42 @@ def _intersection_areas(boxes_1, boxes_2):
     return widths.clip(0) * heights.clip(0)
 
 
-def _add_legend(picture, entries, font, line_width):
-    """Return a picture with a white strip at its right that lists what its numbers stand for.
+class LegendLayout(NamedTuple):
+    """Lengths of a legend, in pixels except for the number of its rows."""
 
-    :param entries: (number, caption, color, ink) of each
-    """
+    n_rows: int
+    row_height: float
+    column_width: float
+    number_width: float
+    width: float
+
+
+def _lay_out_legend(entries, font, line_width, height):
+    """Return the LegendLayout of entries (number, caption, color, ink) beside a picture; too low, it is too wide."""
     margin = 3 * line_width
     number_width, label_height = max(_label_size(number, font, line_width) for number, *_ in entries)
     caption_width = max(font.getlength(caption) for _, caption, *_ in entries)
     row_height, column_width = label_height + line_width, margin + number_width + line_width + caption_width
-    n_rows = max(1, int(picture.height // row_height))
-    strip_width = math.ceil(math.ceil(len(entries) / n_rows) * column_width + margin)
-    extended = Image.new("RGB", (picture.width + strip_width, picture.height), "white")
+    n_rows = int(height // row_height)
+    width = math.ceil(math.ceil(len(entries) / n_rows) * column_width + margin) if n_rows else math.inf
+    return LegendLayout(n_rows, row_height, column_width, number_width, width)
+
+
+def _add_legend(picture, entries, layout, font, line_width):
+    """Return a picture with a white strip at its right that lists what its numbers stand for.
+
+    :param entries: (number, caption, color, ink) of each
+    """
+    extended = Image.new("RGB", (picture.width + layout.width, picture.height), "white")
     extended.paste(picture)
     draw = ImageDraw.Draw(extended)
     for index, (number, caption, color, ink) in enumerate(entries):
-        column, row = divmod(index, n_rows)
-        x, y = picture.width + margin + column * column_width, row * row_height
-        _draw_label(draw, [x, y, x + number_width, y + label_height], number, color, ink, font, line_width)
-        draw.text((x + number_width + line_width, y + label_height / 2), caption, fill="black", font=font, anchor="lm")
+        column, row = divmod(index, layout.n_rows)
+        x, y = picture.width + 3 * line_width + column * layout.column_width, row * layout.row_height
+        label = [x, y, x + layout.number_width, y + layout.row_height - line_width]
+        _draw_label(draw, label, number, color, ink, font, line_width)
+        middle = (label[2] + line_width, (label[1] + label[3]) / 2)
+        draw.text(middle, caption, fill="black", font=font, anchor="lm")
     return extended
 
 

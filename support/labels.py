@@ -1,4 +1,4 @@
-"""Class labels: VOC's names, label maps (class name -> index), and colours."""
+"""Class labels: VOC's and COCO's names, label maps (class name -> index), the scores of some classes, and colours."""
 
 import colorsys
 import json
@@ -13,6 +13,16 @@ voc_labels = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
     "pottedplant sheep sofa train tvmonitor"
 ).split()
+
+# The 80 classes of COCO, in the order of its ids.
+coco_labels = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
 
 # The classes that COCO and VOC spell differently.
 _COCO_TO_VOC = {

@@ -109,7 +109,7 @@ def show_example(example, detections, ground_truth, dataset):
     path = dataset.images[example.image]
     picture = read_image(path)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture = draw_boxes(picture, pixel_boxes(boxes, picture.size).tolist(), titles, colors)
+    picture = draw_boxes(picture, pixel_boxes(boxes, picture.size).tolist(), titles, colors, legend=True)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
     return _data_uri(file.getvalue(), "jpeg"), f"{os.path.basename(path)}: {example.text}"

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib.metadata import version
 
 import numpy as np
 import torch
-import torchvision
 from tqdm import tqdm
 
 from support.devices import n_processes, name_hardware, rank
@@ -113,7 +113,7 @@ def describe_run(settings, classes, precision):
         "settings": settings,
         "classes": classes,
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__
+            "python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision")
         },
         "hardware": name_hardware(),
         "processes": n_processes(),

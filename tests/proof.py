@@ -38,6 +38,7 @@ from model import MultiBoxLoss, load_model
 from support import runs
 from support.checkpoints import load_optimizer, save_weights
 from support.devices import (
+    PRECISIONS,
     Interruption,
     batches_on,
     choose_precision,
@@ -91,7 +92,7 @@ FIGURES = {  # name in the JSON files: (heading, factor and number of digits in 
 }
 # Options that are passed on to train.py, and settings in which compared trainings may differ.
 PASSED_ON = ("--batch-size", "--iterations", "--lr", "--decay-at", "--momentum", "--weight-decay", "--warmup",
-             "--grad-clip", "--no-augmentation", "--workers", "--checkpoint-every", "--precision")  # fmt: skip
+             "--grad-clip", "--no-augmentation", "--workers", "--checkpoint-every")  # fmt: skip
 OWN_SETTINGS = ("data_folder", "output_folder", "seed", "precision", "compile", "no_pretrained", "init_from", "priors",
                 "checkpoint_every", "workers")  # fmt: skip
 INTERRUPTED = "interrupted and saved; the same command continues this training"
@@ -109,6 +110,7 @@ def parse_arguments(arguments=None):
     add("--zero-based", action="store_true", help="the annotations count pixels from 0")
     add("--systems", nargs="+", choices=SYSTEMS, default=["ours", "torchvision"], help="systems [ours torchvision]")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="train each system once per seed [0 1]")
+    add("--precision", choices=PRECISIONS, help="of all systems [that of the system]")
     add("--test-images", type=int, metavar="N", help="evaluate on the first N test images only")
     add("--compare-losses", type=int, metavar="N",
         help="instead, train both networks side by side in fp32 for N iterations, from the same weights")  # fmt: skip
@@ -323,6 +325,7 @@ def conditions(settings, arguments):
     common = {name: value for name, value in vars(settings).items() if name not in OWN_SETTINGS}
     return {
         **common, "data": train.training_set(settings).fingerprint, "test_images": arguments.test_images,
+        "precision": arguments.precision,
         "hardware": name_hardware(), "torch": torch.__version__, "torchvision": torchvision.__version__,
     }  # fmt: skip
 
@@ -472,8 +475,9 @@ def main():
 
         def settings_of(system, seed, *more):
             name = os.path.join(folder, f"{system}{suffix}-{seed}")
+            more += ("--precision", arguments.precision) if arguments.precision else ()
             given = ["--data-folder", folder, "--output-folder", name, "--overwrite", "--seed", str(seed)]
-            settings = train.parse_settings([*RECIPE.split(), *SYSTEMS[system].split(), *rest, *given, *more])
+            settings = train.parse_settings([*RECIPE.split(), *rest, *SYSTEMS[system].split(), *given, *more])
             if settings.init_from:
                 settings.init_from = os.path.join(folder, settings.init_from.format(seed=seed))
             if settings.precision == "tf32" and find_device().type == "cpu":

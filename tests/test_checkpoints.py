@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ROOT, launch
 from published import images, seeded, shapes
 from test_published import DATA
 from torch import nn
@@ -165,6 +166,18 @@ def test_a_loaded_network_draws_no_random_numbers_and_shares_nothing_with_its_fi
     buffers = dict(loaded.named_buffers())
     assert buffers.keys() == dict(built.named_buffers()).keys()
     assert all(torch.equal(buffers[name], value) for name, value in built.named_buffers())
+
+
+def test_detection_imports_neither_the_compiler_nor_torchvision(tmp_path, model):
+    """Both take as long as importing PyTorch."""
+    torch.save(model.state_dict(), tmp_path / "weights")
+    code = (
+        "import sys; from PIL import Image; from detect import find_objects; from model import load_model\n"
+        "detections = find_objects(Image.new('RGB', (40, 40)), load_model(sys.argv[1]), 0.01, 0.45, 5)\n"
+        "print(len(detections), [name for name in ('torch._dynamo', 'sympy', 'torchvision') if name in sys.modules])"
+    )
+    printed, _ = launch("-c", code, tmp_path / "weights", env={"PYTHONPATH": str(ROOT)})
+    assert printed == "5 []\n"
 
 
 def test_a_compressed_archive_of_weights_loads_exactly(tmp_path, model):
@@ -334,7 +347,8 @@ def test_coco_is_read_from_torchvisions_cache_or_fails_in_one_line(tmp_path, mon
     torch.save(torchvision_model.state_dict(), cache)
     assert load_model("coco").label_map == COCO_LABEL_MAP
     cache.unlink()
-    monkeypatch.setattr(SSD300_VGG16_Weights.COCO_V1.value, "url", "http://127.0.0.1:9/ssd300_vgg16_coco-b556d3b4.pth")
+    assert SSD300_VGG16_Weights.COCO_V1.url == checkpoints.COCO_WEIGHTS
+    monkeypatch.setattr(checkpoints, "COCO_WEIGHTS", "http://127.0.0.1:9/ssd300_vgg16_coco-b556d3b4.pth")
     with pytest.raises(InputError, match="name a file of weights instead of coco") as caught:
         load_model("coco")
     assert str(cache) in str(caught.value)

@@ -795,7 +795,7 @@ def test_the_preview_shows_what_the_network_gets(folder, tmp_path):
     assert 120_000 < background[:, half:].sum() < 420 * 420  # as the network gets it
     captions = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "draw_boxes", lambda image, boxes, texts, colors: captions.append(texts) or image)
+        patch.setattr(checks, "draw_boxes", lambda image, boxes, texts, colors, legend: captions.append(texts) or image)
         draw_preview(dataset, 1)
     _, boxes, labels, _ = dataset[0, 1]
     matched = MultiBoxLoss(create_prior_boxes()).match([boxes], [labels])[1]

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+import torchvision
 from conftest import LONGEST_WAIT
 
 import create_data_lists
@@ -136,7 +137,7 @@ def test_an_interrupt_or_a_full_disk_ends_the_download(error, mirror, tmp_path, 
         (tmp_path / name).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(download, "download_url", fail)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", fail)
     with pytest.raises(type(error)):
         download.download_voc(tmp_path, WANTED, [mirror("good")] * 2)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ SCRIPTS = {  # name: most lines
     "model": 600, "utils": 500, "datasets": 150, "train": 640, "eval": 400, "detect": 400, "create_data_lists": 280,
 }  # fmt: skip
 SUPPORT = sorted((ROOT / "support").glob("*.py"))
-LONGEST_SUPPORT_FILE, LONGEST_SUPPORT = 400, 4280
+LONGEST_SUPPORT_FILE, LONGEST_SUPPORT = 400, 4500
 
 
 def count_lines(path):

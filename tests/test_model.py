@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
+import model as network
 from model import SSD300, VGGBase
 from support.files import InputError
 from utils import IMAGENET_MEAN, IMAGENET_STD, decimate
@@ -182,7 +183,8 @@ def test_weights_are_downloaded_once_and_a_failure_names_the_remedy(tmp_path, mo
     name = f"vgg16-{'00000000' if case == 'wrong bytes' else digest}.pth"
     if case != "missing":
         (folder / "weights").rename(folder / name)
-    monkeypatch.setattr(torchvision.models.VGG16_Weights.IMAGENET1K_V1.value, "url", f"{address}/{name}")
+    assert torchvision.models.VGG16_Weights.IMAGENET1K_V1.url == network.VGG16_WEIGHTS
+    monkeypatch.setattr(network, "VGG16_WEIGHTS", f"{address}/{name}")
     if case == "right":
         assert torch.equal(VGGBase().conv1_1.weight, weights["features.0.weight"])
         (folder / name).unlink()

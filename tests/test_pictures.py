@@ -194,6 +194,25 @@ def test_suppressed_classes_are_neither_detected_nor_explained(photos, monkeypat
     assert np.any(np.asarray(explain(image, model, *limits)) != np.asarray(explain(image, model, *limits, ["cat"])))
 
 
+def test_one_copy_that_cannot_be_written_is_status_2(tmp_path, monkeypatch, capsys):
+    model = SSD300(2, pretrained=False)
+    model.label_map = make_label_map(["cat"])
+    monkeypatch.setattr(model, "forward", lambda images: [torch.zeros(len(images), 8732, n) for n in (4, 2)])
+    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(script, "write_image", fail_to_write)
+    monkeypatch.setattr(sys, "argv", ["detect.py", str(tmp_path / "a.jpg")])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert "error: " in (printed := capsys.readouterr().err)
+    assert "cannot be written (disk full)" in printed
+
+
+def fail_to_write(_, path):
+    raise InputError(f"{path}: cannot be written (disk full)")
+
+
 def test_a_copy_that_cannot_be_written_is_named_and_the_others_are_written(tmp_path, monkeypatch, capsys):
     model = SSD300(3, pretrained=False)
     model.label_map = make_label_map(["cat", "dog"])
@@ -296,6 +315,14 @@ def test_small_objects_stay_visible_in_a_crowd(legend):
         assert not picture[y_min + 3 : y_max - 2, x_min + 3 : x_max - 2].any()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (10, 10), (300, 1), (100, 20), (16_000, 30)])
+def test_a_picture_without_room_for_a_legend_keeps_its_size(size):
+    n = 60
+    boxes = [(0, 0, *size)] * n
+    picture = draw_boxes(Image.new("RGB", size), boxes, ["an object"] * n, [(255, 0, 0)] * n, legend=True)
+    assert picture.size == size
+
+
 def test_every_object_has_its_caption_or_is_in_the_legend():
     image, boxes, captions, colors = crowd()
     plain, with_legend = (
@@ -341,10 +368,9 @@ def test_the_first_box_is_on_top():
 def test_any_text_can_be_drawn(text, grid):
     picture = draw_boxes(Image.new("RGB", (80, 60)), [(1, 1, 70, 50)], [text], [(255, 0, 0)], grid)
     assert (np.asarray(picture)[..., 0] > 200).any()
-    crowded = draw_boxes(
-        Image.new("RGB", (80, 60)), [(30, 20, 40, 30)] * 99, [text] * 99, [(255, 0, 0)] * 99, grid, True
-    )
-    assert (crowded.width > 80) == bool(text)
+    crowd = [(400, 300, 420, 320)] * 40
+    picture = draw_boxes(Image.new("RGB", (800, 600)), crowd, [text] * 40, [(255, 0, 0)] * 40, grid, legend=True)
+    assert (picture.width > 800) == (text not in ("", "x" * 500))  # a caption as wide as the picture has no legend
 
 
 class DetectFromPriors(SSD300):

@@ -35,7 +35,7 @@ def red_box(number):
 
 def make_video(
     path, size=(64, 48), codec="libx264", times=None, noise=0,
-    matrix=None, aspect=0, sound=False, title="", options=None,
+    matrix=None, aspect=0, sound=False, title="", options=None, colorspace=None,
 ):  # fmt: skip
     """Write a video of a red rectangle that moves to the right.
 
@@ -43,7 +43,9 @@ def make_video(
     :param noise: standard deviation of the pixels' noise, which makes the file larger
     :param matrix: display matrix
     :param aspect: width of a pixel, as a multiple of its height; 0 if it is not known
+    :param sound: whether there is sound as long as the pictures, or its seconds
     :param options: of the format
+    :param colorspace: number of the matrix that turns the colours into RGB
     """
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", options=options or {}) as container:
@@ -53,6 +55,8 @@ def make_video(
         stream.codec_context.time_base = Fraction(1, RATE)
         stream.set_display_matrix(matrix)
         stream.codec_context.sample_aspect_ratio = aspect
+        if colorspace is not None:
+            stream.codec_context.colorspace = colorspace
         container.metadata["title"] = title
         if sound:
             voice = container.add_stream("aac", 8000, layout="mono")
@@ -65,7 +69,8 @@ def make_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if sound:
-            for start in range(0, 8000 * (frame.pts + 1) // RATE, 1024):
+            seconds = (frame.pts + 1) / RATE if sound is True else sound
+            for start in range(0, int(8000 * seconds), 1024):
                 wave = np.sin(np.arange(start, start + 1024) / 5)[None].astype(np.float32)
                 samples = av.AudioFrame.from_ndarray(wave, "fltp", "mono")
                 samples.sample_rate, samples.pts = 8000, start
@@ -155,6 +160,31 @@ def test_a_copy_has_the_same_size_rate_and_times_and_shows_the_boxes(name, optio
         difference = np.abs(np.asarray(after.image, int) - np.asarray(expected, int))
         assert difference.mean() < 12  # compression blurs the fine lines
         assert np.abs(np.asarray(after.image, int) - np.asarray(before.image, int)).mean() > 2 * difference.mean()
+
+
+@pytest.mark.parametrize(("name", "options"), [("clip.mkv", {"sound": 6}), ("late.mkv", {"times": range(40, 52)})])
+def test_a_whole_file_is_not_taken_for_a_part(name, options, tmp_path, detect_in, capsys):
+    """Matroska says only how long the whole file is: its sound may be longer, and its frames may begin late."""
+    assert len(facts(detect_in(make_video(tmp_path / name, **options)))[2]) == N_FRAMES
+    assert capsys.readouterr().err == ""
+
+
+def test_a_video_given_twice_is_one_video(tmp_path, detect_in):
+    path = make_video(tmp_path / "clip.mp4")
+    assert facts(detect_in(path, path.name)) == facts(path)
+
+
+def test_colours_that_cannot_be_converted_are_refused_in_one_line(tmp_path):
+    path = make_video(tmp_path / "clip.mp4", colorspace=10)  # BT.2020 with constant luminance
+    with pytest.raises(InputError, match="clip.mp4: cannot convert its colours"):
+        next(read_frames(str(path)))
+
+
+def test_frames_in_a_list_are_examined_from_the_first_on(tmp_path):
+    frames = list(read_frames(str(make_video(tmp_path / "clip.mp4"))))[5:]
+    results = list(script.find_in_frames(frames, FindRed(), every=3))
+    assert [frame.number for frame, _ in results] == list(range(5, N_FRAMES))
+    assert [results[index][1] is results[index - 1][1] for index in range(1, 7)] == [True, True, False] * 2
 
 
 def test_frames_without_times_follow_each_other_at_the_rate(tmp_path, detect_in):
@@ -265,7 +295,8 @@ def test_of_half_a_file_the_frames_that_can_be_decoded_are_annotated_with_a_warn
     assert N_FRAMES / 4 < n < N_FRAMES * 3 / 4
     assert len(facts(copied)[2]) == n
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {name}: cut off or damaged; {n} frames can be read, {n / RATE:.1f} of ")
+    until = "" if name == "a.ts" else f", up to {n / RATE:.1f} of "  # MPEG-TS does not say how long it is
+    assert line.startswith(f"warning: {name}: cut off or damaged; {n} frames can be read{until}")
 
 
 def test_frames_after_a_damaged_part_are_annotated(tmp_path, detect_in, capsys):
@@ -411,8 +442,8 @@ def test_a_copy_that_cannot_be_written_whole_is_not_written(tmp_path, detect_in)
         (["a.mp4", "--output", "a.jpg"], "a.jpg: give an --output that ends in .mp4, "),
         (["a.mp4", "--output", "./a.mp4"], "./a.mp4: is also read"),
         (["a.jpg", "--output", "a.mp4"], "a.mp4: give an --output that ends in .jpg, "),
-        (["a.mp4", "--every", "0"], "--every is for a video, and 1 or more"),
-        (["a.jpg", "--every", "2"], "--every is for a video, and 1 or more"),
+        (["a.mp4", "--every", "0"], "--every must be 1 or more, and is for a video"),
+        (["a.jpg", "--every", "2"], "--every must be 1 or more, and is for a video"),
         (["a.mp4", "--with-nms"], "--with-nms is for --export"),
     ],
 )
