@@ -139,7 +139,7 @@ def find_images(folder):
 
 
 def find_problems(splits):
-    """Return all problems of all annotations, each once; objects outside of their image become problems."""
+    """Return all problems of all annotations, each once; objects outside their image become problems."""
     annotations = [annotation for part in splits.values() for annotation in part]
     for annotation in annotations:
         annotation.reject_outside()
