@@ -152,9 +152,9 @@ def drop_invalid(splits):
     :return: the problems of what was removed, as `find_problems` returns them
     :raises InputError: naming an image, if no image of a split remains
     """
-    dropped = find_problems(splits)
+    dropped, unreadable = find_problems(splits), {UNREADABLE, UNREADABLE_IMAGE}
     for split, annotations in splits.items():
-        remaining = [a for a in annotations if {UNREADABLE, UNREADABLE_IMAGE}.isdisjoint(dict(a.problems))]
+        remaining = [annotation for annotation in annotations if unreadable.isdisjoint(dict(annotation.problems))]
         if annotations and not remaining:
             _, line = annotations[0].problems[0]
             raise InputError(f"{line} (no image of {split} would remain, all have such problems)")

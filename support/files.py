@@ -134,7 +134,7 @@ def atomic_writer(path):
             _flush(file)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and error.filename in (None, temporary):  # as if the disk is full
+        if error.errno and error.filename in (None, temporary):  # such as a full disk
             error.filename = path
         raise
     finally:
