@@ -431,15 +431,15 @@ def build_model(description, source):
     """Return the network of a description.
 
     :param description: as `support.checkpoints.read_weights` returns it; "size" is 300 if it is missing
-    :param source: the file that the description was read from
-    :raises InputError: naming the file, if the priors are unknown or the weights do not fit
+    :param source: the file that the description was read from, for the error
+    :raises InputError: if the priors are unknown or the weights do not fit
     """
     label_map, priors, size = description["label_map"], description["priors"], description.get("size", 300)
     try:
         priors = Priors(**priors) if isinstance(priors, dict) else priors
         with torch.device("meta"):  # makes no weights; they would be initialised in vain
             model = NETWORKS[size](len(label_map), False, priors, description["pixel_mean"])
-        weights = {name: value.float().clone().contiguous() for name, value in description["model"].items()}
+        weights = {name: value.float().cpu().clone().contiguous() for name, value in description["model"].items()}
         model.load_state_dict(weights, assign=True)
         model.set_pixel_mean(description["pixel_mean"])  # state dicts lack the buffers
         model.register_buffer("priors_cxcy", create_prior_boxes(priors, size), persistent=False)

@@ -393,7 +393,7 @@ def _read(path, expected=KNOWN_SYSTEMS):
 
 def _can_be_mapped(path):
     """Tell whether a file is as torch.save writes since version 1.6: a zip archive without compression."""
-    if not zipfile.is_zipfile(path):
+    if not isinstance(path, str | os.PathLike) or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())

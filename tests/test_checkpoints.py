@@ -1,5 +1,6 @@
 """Weights of other systems are recognised by their contents and load exactly; code in a file is never executed."""
 
+import io
 import pickle
 import struct
 import sys
@@ -178,6 +179,20 @@ def test_detection_imports_neither_the_compiler_nor_torchvision(tmp_path, model)
     )
     printed, _ = launch("-c", code, tmp_path / "weights", env={"PYTHONPATH": str(ROOT)})
     assert printed == "5 []\n"
+
+
+def test_weights_without_values_are_refused(tmp_path, model):
+    torch.save({name: value.to("meta") for name, value in model.state_dict().items()}, tmp_path / "weights")
+    with pytest.raises(InputError, match="its weights or priors .* do not fit"):
+        load_model(tmp_path / "weights")
+
+
+def test_a_file_in_memory_loads_exactly(model):
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    loaded = load_model(file).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_compressed_archive_of_weights_loads_exactly(tmp_path, model):
