@@ -73,7 +73,7 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
     # Join the images. Objects are numbered through all of them.
     first_detection, first_object = (np.cumsum([0, *map(len, part[1])]) for part in (detections, ground_truth))
     true_boxes, true_labels, difficulties = map(torch.cat, ground_truth)
-    true_labels, objects = true_labels.numpy(), first_object[images] + objects
+    true_labels, objects = true_labels.long().numpy(), first_object[images] + objects
     numbers = np.arange(len(true_labels))
     true_images = np.searchsorted(first_object, numbers, side="right") - 1
 

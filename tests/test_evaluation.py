@@ -357,7 +357,7 @@ def test_images_without_annotations_are_detected_on_and_not_scored(coco, score_a
             score_as_detected(folder, detections, *options)
     assert not (tmp_path / "r").exists()
     with pytest.raises(
-        InputError, match=f"^the TEST split of {folder} has no objects to detect; give --voc-results or"
+        InputError, match=f"^the TEST split of {folder} has no objects to detect; give --results, --voc-results or"
     ):
         score_as_detected(folder, detections)
 

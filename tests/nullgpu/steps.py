@@ -9,8 +9,8 @@ from pathlib import Path
 
 import stand_in
 import torch
-import torchvision
 
+import model as network
 import train
 from eval import evaluation_loader
 from model import DETECTION_LIMITS, MultiBoxLoss
@@ -76,7 +76,7 @@ def main():
     # Then how many candidates there are, which they are, and which of them suppression keeps.
     torch.Tensor.__int__ = lambda _: N_CANDIDATES
     torch.Tensor.nonzero = lambda _: torch.zeros(N_CANDIDATES, 1, dtype=torch.long, device=device)
-    torchvision.ops.nms = lambda boxes, scores, max_overlap: torch.arange(len(boxes), device=device)
+    network.load_nms = lambda: lambda boxes, scores, max_overlap: torch.arange(len(boxes), device=device)
     locs, scores = (torch.zeros(2, 8732, n, device=device) for n in (4, 21))
     stand_in.forget()
     boxes, labels, scores = detect_objects(locs, scores, *DETECTION_LIMITS)
