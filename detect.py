@@ -100,7 +100,7 @@ def find_in_frames(frames, model, limits=DETECTION_LIMITS, suppress=None, every=
 
     :param frames: `support.video.Frame`s
     :param limits, suppress: as for `find_objects`
-    :param every: detect in the first of every so many frames; the others get the same detections
+    :param every: N, to detect in the first and then in every Nth frame; the others get the detections of the one before
     """
     numbered = enumerate(frames)
     while batch := list(itertools.islice(numbered, BATCH_SIZE)):

@@ -163,8 +163,8 @@ def draw_boxes(image, boxes, captions, colors, grid=0, legend=False):
     """Return an upright RGB copy of an image with boxes and captions drawn into it, the first on top.
 
     A caption covers no other caption, at most MOST_HIDDEN_OWN of its box, and at most MOST_HIDDEN of any other box that
-    has a caption. If there is no such position at its box, it is left out; with a legend, a number takes its place,
-    where it hides least. A legend that would not fit beside a small picture is left out, too.
+    has a caption. A caption without such a position is left out or, with a legend, replaced by a number where that hides
+    least. A legend wider than the picture is left out, and so are its captions.
 
     :param image: PIL image of any mode and size
     :param boxes: n boxes, pixel xy of the upright image
