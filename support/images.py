@@ -163,8 +163,8 @@ def draw_boxes(image, boxes, captions, colors, grid=0, legend=False):
     """Return an upright RGB copy of an image with boxes and captions drawn into it, the first on top.
 
     A caption covers no other caption, at most MOST_HIDDEN_OWN of its box, and at most MOST_HIDDEN of any other box that
-    has a caption. A caption without such a position is left out or, with a legend, replaced by a number where that hides
-    least. A legend wider than the picture is left out, and so are its captions.
+    has a caption. A caption without such a position is left out or, with a legend, replaced by a number, which may hide
+    more. A legend wider than the picture is left out, and so are its captions.
 
     :param image: PIL image of any mode and size
     :param boxes: n boxes, pixel xy of the upright image
