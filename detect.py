@@ -268,8 +268,8 @@ def parse_arguments(arguments=None):
         stem, suffix = os.path.splitext(settings.images[0])
         if not suffix and not os.path.exists(stem):
             raise InputError(f"{stem}: no such file or folder; give images, or folders of them")
-        writable, default = (WRITABLE_VIDEOS, DEFAULT_SUFFIX) if settings.video else (WRITABLE_FORMATS, ".jpg")
-        suffix = suffix if suffix.lower() in writable else default
+        writable, other_suffix = (WRITABLE_VIDEOS, DEFAULT_SUFFIX) if settings.video else (WRITABLE_FORMATS, ".jpg")
+        suffix = suffix if suffix.lower() in writable else other_suffix
         default = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
         settings.output = settings.output or default
         if os.path.splitext(settings.output)[1].lower() not in writable:

@@ -61,14 +61,7 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
     """
     names = np.array(sorted(label_map, key=label_map.get), object)
 
-    # Take the detections that count.
-    parts = []
-    for name, curve in curves.items():
-        score = summarize(curve)["score"]
-        counted = curve.scores >= (math.inf if score is None else score)
-        columns = (curve.scores, curve.right, curve.images, curve.indices, curve.best_overlaps, curve.best_objects)
-        parts.append([np.full(counted.sum(), label_map[name]), *(column[counted] for column in columns)])
-    labels, scores, right, images, indices, overlaps, objects = map(np.concatenate, zip(*parts, strict=True))
+    labels, scores, right, images, indices, overlaps, objects = _detections_at_best_f1(curves, label_map)
 
     # Join the images. Objects are numbered through all of them.
     first_detection, first_object = (np.cumsum([0, *map(len, part[1])]) for part in (detections, ground_truth))
@@ -118,3 +111,17 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
         image = int(true_images[n])
         examples["missed"].append(Example(image, None, int(n - first_object[image]), names[true_labels[n]]))
     return Errors(counts, confusions, examples)
+
+
+def _detections_at_best_f1(curves, label_map):
+    """Return the detections of all classes from each class's score of the best F1 on, as seven arrays (d,).
+
+    They are the labels, and of `utils.Curve` the scores, right, images, indices, best_overlaps and best_objects.
+    """
+    parts = []
+    for name, curve in curves.items():
+        score = summarize(curve)["score"]
+        counted = curve.scores >= (math.inf if score is None else score)
+        columns = (curve.scores, curve.right, curve.images, curve.indices, curve.best_overlaps, curve.best_objects)
+        parts.append([np.full(counted.sum(), label_map[name]), *(column[counted] for column in columns)])
+    return map(np.concatenate, zip(*parts, strict=True))

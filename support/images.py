@@ -318,7 +318,10 @@ class LegendLayout(NamedTuple):
 
 
 def _lay_out_legend(entries, font, line_width, height):
-    """Return the LegendLayout of entries (number, caption, color, ink) beside a picture; too low, it is too wide."""
+    """Return the LegendLayout of entries (number, caption, color, ink) beside a picture of a height in pixels.
+
+    Its width is infinite if the picture is too low for a row.
+    """
     margin = 3 * line_width
     number_width, label_height = max(_label_size(number, font, line_width) for number, *_ in entries)
     caption_width = max(font.getlength(caption) for _, caption, *_ in entries)
