@@ -205,9 +205,8 @@ def _sample_window(image, window, boxes, size=IMAGE_SIZE, flip=False, rng=None, 
     :return: pixels (3, size, size), uint8; boxes (n, 4), fractional xy
     """
     low, high, out_low, out_size = _visible_part(window, image.size, size)
-    output = _FILLING.expand(3, size, size).clone()
     if (out_size == 0).any():
-        return output, boxes
+        return _FILLING.expand(3, size, size).clone(), boxes
 
     # Decode the image. Training takes the smallest size that has a pixel for each pixel of the output.
     reduction = 8 if rng else 1
@@ -221,8 +220,11 @@ def _sample_window(image, window, boxes, size=IMAGE_SIZE, flip=False, rng=None, 
     scale = out_size / (high - low)
     boxes = (((boxes.reshape(-1, 2, 2) - low) * scale + out_low) / size).reshape(-1, 4)
 
-    # Distort the colours, round to bytes, mirror.
+    # Distort the colours, round to bytes, fill the area around the image, mirror.
     (left, top), (right, bottom) = out_low.tolist(), (out_low + out_size).tolist()
+    output = torch.empty(3, size, size, dtype=torch.uint8)
+    if (out_size < size).any():
+        output.copy_(_FILLING)
     visible = output[:, top:bottom, left:right]
     if rng:
         photometric_distort(pixels, rng, out=visible)
@@ -259,7 +261,7 @@ def _decode(image, low, high, reduction):
         if reduction > 1 and not image.draft("RGB", [side // reduction for side in image.size]):
             reduction = 1
         # Let PIL, which stores RGB in four bytes per pixel, decode into this memory: that saves a copy.
-        pixels = np.zeros((image.height, image.width, 4), np.uint8)
+        pixels = np.zeros((1, image.height, image.width, 4), np.uint8)
         memory = Image.core.map_buffer(pixels, image.size, "raw", 0, ("RGB", 0, 1))
         if image.format == "JPEG" and image.tile:  # a file that is not decoded yet
             image.im = memory
@@ -267,8 +269,8 @@ def _decode(image, low, high, reduction):
         if image.im is not memory:
             memory.paste(image.im, (0, 0, *image.size))
     low, high = low // reduction, -(-high // reduction)  # floor, ceiling
-    pixels = torch.from_numpy(pixels[low[1] : high[1], low[0] : high[0]])
-    return pixels.permute(2, 0, 1)[None], low * reduction, high * reduction
+    pixels = torch.from_numpy(pixels[:, low[1] : high[1], low[0] : high[0]])
+    return pixels.permute(0, 3, 1, 2), low * reduction, high * reduction
 
 
 def photometric_distort(pixels, rng, out):

@@ -39,8 +39,10 @@ def name_hardware():
 
 def count_cores(most=16):
     """Return the number of cores that the processes on this machine may use, but no more than `most` for each."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, most * _n_processes_here())
+    n_processes_here = _n_processes_here()
+    process = os.getppid() if n_processes_here > 1 else 0  # torchrun can bind each process to cores of its own
+    available = len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, most * n_processes_here)
 
 
 def share_workers(n):

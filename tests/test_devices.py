@@ -74,6 +74,9 @@ def test_loading_processes_are_counted_per_machine_and_shared_by_its_processes(m
     assert (count_cores(), share_workers(5), share_workers(1), share_workers(0)) == (32, 3, 1, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert (count_cores(), share_workers(count_cores())) == (64, 8)
+    cores_of = {os.getppid(): range(64), 0: range(8)}  # torchrun --numa-binding
+    monkeypatch.setattr(os, "sched_getaffinity", cores_of.get, raising=False)
+    assert (count_cores(), share_workers(count_cores())) == (64, 8)
 
 
 def test_the_l2_norm_and_the_loss_stay_in_fp32_under_mixed_precision(random_objects):

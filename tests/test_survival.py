@@ -168,6 +168,33 @@ def test_processes_on_gpus_agree_on_an_interruption_at_every_tenth_iteration(mon
             assert interruption.agreed()  # during a validation
 
 
+AGREEMENT = """
+import os, signal
+from unittest import mock
+import torch
+from support import devices
+
+devices.join_processes()
+with mock.patch.object(devices, "find_device", lambda: torch.device("cuda")), devices.Interruption() as interruption:
+    for iteration in range(1, 31):
+        if (iteration, devices.rank()) == (13, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if interruption.agreed(iteration):
+            break
+print(f"STOPPED {iteration}\\n", end="")  # in a single write: torchrun's processes do not buffer
+devices.leave_processes()
+"""
+
+
+def test_two_processes_stop_at_the_same_iteration_after_a_signal_to_one(tmp_path):
+    """Only the question whether this is a GPU is answered by a stand-in."""
+    script = tmp_path / "agreement.py"
+    script.write_text(AGREEMENT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    printed, _ = launch(*TORCHRUN, script, env=environment)
+    assert printed.split() == ["STOPPED", "20"] * 2
+
+
 CPU = torch.device("cpu")
 
 
