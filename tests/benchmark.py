@@ -27,6 +27,7 @@ import reference
 import torch
 import torchvision
 from PIL import Image
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -94,6 +95,13 @@ def time_loading(data_folder):
             with Image.open(training.images[index]) as image:
                 image.convert("RGB")
 
+    def resize():
+        """Decode with PIL, copy to a tensor, resize with PyTorch: what any such loader does, and nothing else."""
+        for index in indices:
+            with Image.open(training.images[index]) as image:
+                pixels = torch.from_numpy(np.array(image.convert("RGB")))
+            F.interpolate(pixels.permute(2, 0, 1)[None], (300, 300), mode="bilinear", antialias=True)
+
     def step_by_step():
         rng = random.Random(0)
         for index in indices[:16]:
@@ -109,12 +117,14 @@ def time_loading(data_folder):
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    decoding, train_time, test_time = seconds(decode, lambda: load(training), lambda: load(testing))
+    times = seconds(decode, resize, lambda: load(training), lambda: load(testing))
     (looping,) = seconds(step_by_step, rounds=1)
     torch.set_num_threads(threads)
-    decode_rate, train_rate, test_rate = (len(indices) / taken for taken in (decoding, train_time, test_time))
+    decode_rate, resize_rate, train_rate, test_rate = (len(indices) / taken for taken in times)
     loop_rate = len(indices[:16]) / looping
     print_row("bare decoding, one thread", "", f"{decode_rate:.0f} images/s", "")
+    ratio = f"{resize_rate / decode_rate:.2f} of decoding"
+    print_row("decoding and resizing alone, one thread", "", f"{resize_rate:.0f} images/s", ratio)
     for name, rate, theirs in (("TRAIN", train_rate, f"{loop_rate:.1f} images/s"), ("TEST", test_rate, "")):
         faster = f", {rate / loop_rate:.0f} x loop" if theirs else ""
         ratio = f"{rate / decode_rate:.2f} of decoding{faster}"

@@ -492,6 +492,8 @@ def test_a_class_without_objects_is_reported_for_each_split(folder):
     root = folder({"trainval": {"a.jpg": xml(NUT)}, "test": {"b.jpg": xml(BOLT)}})
     _, odd, _ = check_splits(read_splits(root))
     assert odd == {"class without objects in TRAIN": ["bolt"], "class without objects in TEST": ["nut"]}
+    root = folder({"trainval": {"c.jpg": xml()}, "test": {"d.jpg": xml()}}, "empty")
+    assert check_splits(read_splits(root))[1] == {"class without objects in TRAIN": ["bolt", "nut"]}
 
 
 def test_objects_of_ignored_classes_are_not_checked(folder, tmp_path, capsys):
