@@ -305,11 +305,11 @@ def _make_parser():
         help="keep detections with a probability above this [%(default)s]")  # fmt: skip
     add("--max-overlap", type=float, default=DETECTION_LIMITS.max_overlap,
         help="suppress detections that overlap a better one of their class by more [%(default)s]")  # fmt: skip
-    add("--top-k", type=int, default=DETECTION_LIMITS.top_k, help="most detections per image [%(default)s]")
-    add("--suppress", nargs="+", metavar="CLASS", help="classes to leave out, by COCO's or VOC's names")
+    add("--top-k", type=int, default=DETECTION_LIMITS.top_k, help="maximum detections per image [%(default)s]")
+    add("--suppress", nargs="+", metavar="CLASS", help="classes of the network to leave out; COCO's or VOC's spelling")
     add("--explain", action="store_true", help="draw what each feature map detects in one image, and from which priors")
     add("--every", type=int, default=1, metavar="N",
-        help="of a video, detect objects in every Nth frame, and keep them in between [%(default)s]")  # fmt: skip
+        help="detect objects in every Nth frame of a video, and keep them in between [%(default)s]")  # fmt: skip
     add("--export", metavar="FILE.onnx", help="write the network as ONNX instead (needs onnx and onnxscript)")
     add("--with-nms", action="store_true", help="apply --min-score, --max-overlap and --top-k inside the ONNX file")
     return parser

@@ -86,14 +86,14 @@ def parse_arguments(arguments=None):
     add("--no-antialias", dest="antialias", action="store_false", help="resize as OpenCV does, without antialiasing")
     add("--min-score", type=float, help="keep detections with a probability above this [0.01]")
     add("--max-overlap", type=float, help="suppress detections that overlap a better one of their class by more [0.45]")
-    add("--top-k", type=int, help="most detections per image [that of the protocol; exact: 200]")
+    add("--top-k", type=int, help="maximum number of detections per image [that of the protocol; exact: 200]")
     add("--results", metavar="FILE", help="write all figures to this JSON file")
     add("--report", metavar="DIR", help="write a page with curves, confusions and examples of errors to this folder")
-    add("--voc-results", metavar="DIR", help="write the files that VOC's own evaluations read to this folder")
+    add("--voc-results", metavar="DIR", help="write VOC's result files, which its own evaluations read, to this folder")
     add("--detections", metavar="FILE", help="write the detections in COCO's results format")
     add("--coco", action="store_true", help="also print COCO's twelve figures (needs pycocotools)")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% interval of the mAP from N samples of the images")
-    add("--against", metavar="FILE", help="difference to another --results file, with 95%% interval [1000 samples]")
+    add("--against", metavar="FILE", help="compare with another --results file, with 95%% interval [1000 samples]")
     settings = parser.parse_args(arguments)
 
     if settings.batch_size < 1 or settings.workers < 0 or settings.bootstrap < 0:
@@ -273,7 +273,7 @@ def confidence_interval(values, share=0.95):
 
 
 def print_significance(evidence, n, other=None, path=None):
-    """Print the 95% interval of the 11-point mAP, and of its difference to another evaluation; return plain values.
+    """Print the 95% interval of the 11-point mAP, and of its difference from another evaluation; return plain values.
 
     Both mAPs are recomputed here: results files of earlier versions contain an mAP by a slightly different rule.
 
@@ -289,7 +289,7 @@ def print_significance(evidence, n, other=None, path=None):
         ours, theirs = (_resampled_map(_as_arrays(part)) for part in evaluations)
         low, high = confidence_interval(samples[0] - samples[1])
         verdict = "is more than chance" if low > 0 or high < 0 else "may be chance"
-        print(f"difference to {path}: {ours - theirs:+.4f}, 95% interval {low:+.4f} to {high:+.4f}: it {verdict}")
+        print(f"difference from {path}: {ours - theirs:+.4f}, 95% interval {low:+.4f} to {high:+.4f}: it {verdict}")
         significance |= {"against": path, "difference": float(ours - theirs), "difference_interval": (low, high)}
     return significance
 

@@ -64,7 +64,7 @@ def make_parser():
     add("--data-folder", default=runs.DATA_FOLDER, help="folder with the lists of create_data_lists.py [%(default)s]")
     add("--output-folder", help="folder for checkpoints, log and curves [runs/NAME for a data folder NAME]")
     add("--overwrite", action="store_true", help="replace the run in the output folder; numbered checkpoints stay")
-    add("--sample", action="store_true", help="train on synthetic images: a few by heart on a CPU, 240 on a GPU")
+    add("--sample", action="store_true", help="train on synthetic images: overfit two on a CPU, use 240 on a GPU")
     add("--no-augmentation", action="store_true", help="do not augment, for instance to overfit a few images")
     add("--no-difficult", action="store_true", help="do not train on objects that are marked as difficult")
     add("--workers", type=int, default=devices.count_cores(),
@@ -80,20 +80,20 @@ def make_parser():
     add("--lr", type=float, default=LEARNING_RATE, help="learning rate; biases get twice that [%(default)s]")
     add("--decay-at", type=int, nargs="*", metavar="N",
         help="iterations after which the rate is divided by 10 [after two thirds and five sixths of all]")  # fmt: skip
-    add("--momentum", type=float, default=0.9, help="of SGD [%(default)s]")
-    add("--weight-decay", type=float, default=5e-4, help="of the weights; biases get none [%(default)s]")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD [%(default)s]")
+    add("--weight-decay", type=float, default=5e-4, help="weight decay; biases get none [%(default)s]")
     start = recipe.add_mutually_exclusive_group().add_argument
     start("--no-pretrained", action="store_true", help="start from random weights instead of ImageNet's")
     start("--base", metavar="FILE", help="start from the paper's reduced VGG-16, vgg16_reducedfc.pth, instead")
     start("--init-from", metavar="SOURCE", help="start from a whole network: any checkpoint, or coco")
-    add("--size", type=int, choices=list(NETWORKS), default=300, help="of the network's input, pixels [%(default)s]")
+    add("--size", type=int, choices=list(NETWORKS), default=300, help="side of the input, pixels [%(default)s]")
     add("--priors", metavar="FAMILY|FILE",
         help="paper (size 300), caffe, coco, or a JSON file [paper; with --base or --size 512: caffe]")  # fmt: skip
-    add("--seed", type=int, default=0, help="of weights, order and augmentation [%(default)s]")
+    add("--seed", type=int, default=0, help="seed of weights, order and augmentation [%(default)s]")
 
     add = parser.add_argument_group("speed").add_argument
     add("--precision", choices=["auto", *devices.PRECISIONS], default="auto",
-        help="of the network's arithmetic; auto: bf16 on a GPU with native support, else fp32")  # fmt: skip
+        help="precision of the network; auto: bf16 on a GPU with native support, else fp32")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
         help=f"compile the network first [on a GPU, if the run has more than {COMPILE_ABOVE} iterations]")  # fmt: skip
     add("--accumulate", type=int, default=1, metavar="N",
@@ -273,7 +273,7 @@ def start_or_resume(settings, dataset, held_out, device, precision):
         model = build_model(checkpoint, settings.resume)
         has_file = settings.priors and os.path.isfile(settings.priors)  # the checkpoint holds its contents
         if has_file and not torch.equal(create_prior_boxes(chosen_priors(settings), model.size), model.priors_cxcy):
-            raise InputError(f"{settings.priors}: not the priors of {settings.resume}, which cannot change")
+            raise InputError(f"{settings.priors}: not the priors of {settings.resume}; restore or remove this file")
     else:
         model = start_model(settings, dataset.label_map)
     model.to(device).train()
@@ -336,7 +336,7 @@ def prepare_network(settings, model, precision):
     if not devices.any_process(failure is not None):
         return compiled
     if devices.rank() == 0:
-        runlog.warn(f"{failure or 'another process cannot compile the network'}; it is not compiled")
+        runlog.warn(f"{failure or 'another process cannot compile the network'}; training continues uncompiled")
     return network
 
 

@@ -27,8 +27,8 @@ from support.lists import SharedPaths
 
 N_SHOWN = 5  # lines to print of each problem
 TILE = 420  # side of a preview's pictures, pixels
-REFUSED = "This makes training impossible, so no lists are written (--drop-invalid leaves it out):"
-DROPPED = "This makes training impossible and is left out; dropped.json names all of it:"
+REFUSED = "These problems make training impossible, so no lists are written (--drop-invalid leaves out what has them):"
+DROPPED = "These problems make training impossible. What has them is left out; dropped.json names all of it:"
 CHUNK = 10_000  # boxes to compare with the priors at a time, which bounds the memory
 
 
@@ -162,7 +162,7 @@ def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
     smallest = min(feature_map[..., 2:].prod(axis=-1).min() for feature_map in priors)
     is_too_small = (overlaps < threshold) & (areas < smallest) & (areas > 0)
     for index in is_too_small.nonzero()[0]:
-        odd["object too small for any prior to match by itself"].append(_describe_object(*pairs[index]))
+        odd[f"object too small for any prior to overlap it by {threshold:g}"].append(_describe_object(*pairs[index]))
     return boxes[areas > 0], overlaps[areas > 0]
 
 

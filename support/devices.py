@@ -82,7 +82,7 @@ def explain_memory(remedy):
         yield
     except torch.OutOfMemoryError as error:
         _, total = torch.cuda.mem_get_info()
-        raise InputError(f"the {total / 2**30:.1f} GiB of the GPU's memory do not suffice; {remedy}") from error
+        raise InputError(f"the {total / 2**30:.1f} GiB of the GPU's memory are not enough; {remedy}") from error
 
 
 def make_deterministic():

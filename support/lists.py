@@ -68,13 +68,13 @@ def read_data_lists(data_folder, split):
     """
     if not any(has_split(data_folder, name) for name in SPLITS):
         raise InputError(
-            f"{data_folder}: has no lists of images; make them with create_data_lists.py, those of VOC by python "
+            f"{data_folder}: has no lists of images; make them with create_data_lists.py, for VOC with python "
             "create_data_lists.py --download data --output-folder data/voc; or try python train.py --sample"
         )
     label_file = os.path.join(data_folder, "label_map.json")
     image_file, object_file = _list_files(data_folder, split)
     if not has_split(data_folder, split):
-        remedy = "with --validation, then train without its images" if split == "VAL" else "again"
+        remedy = "with --validation, then train again" if split == "VAL" else "again"
         raise InputError(
             f"{data_folder}: has no {split} split, {image_file} is missing; run create_data_lists.py {remedy}"
         )

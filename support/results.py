@@ -123,7 +123,7 @@ def read_coco_ids(data_folder, split, names, objects, label_map):
         areas = list(itertools.chain.from_iterable(areas))
         are_integers = all(type(number) is int for number in [*images, *categories.values()])
         if not are_integers or not all(area is None or abs(area) < math.inf for area in areas):
-            raise ValueError("ids or areas that are none")
+            raise ValueError("ids that are not integers, or areas that are not finite")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its ids or areas do not fit the {split} lists beside it; {remedy}") from error
     box_areas = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(dim=1).tolist()
@@ -261,8 +261,8 @@ CLASS_NOTE = (
     "Classes without objects to detect are left out of the mean."
 )
 ERROR_NOTE = (
-    "The detections from the score of a class's best F1 on are right or have one of five kinds of errors. The objects\n"
-    "that they do not detect are missed, or explained by a class or place error."
+    "Only detections that reach their class's score at F1 count. They are right or have one of five kinds of errors.\n"
+    "Objects that they do not detect are missed, or explained by a class or place error."
 )
 
 

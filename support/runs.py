@@ -85,7 +85,7 @@ def check_same_run(checkpoint, settings, defaults, dataset):
             f"({', '.join(dataset.label_map)}); resume on the same data"
         )
     if checkpoint.get("data") not in (None, dataset.fingerprint):
-        raise InputError(f"{source}: trained on other images than those of {folder}")
+        raise InputError(f"{source}: trained on other images or objects than {folder} has; resume on the same data")
     earlier_settings = defaults | checkpoint["settings"]
     for name, value in settings.items():
         earlier = earlier_settings[name]
@@ -173,7 +173,7 @@ def announce(description, dataset, held_out):
     print(f"{len(dataset)} images of {settings['data_folder']}, {settings['iterations']} iterations of "
           f"{settings['batch_size']} images: {epochs:.1f} epochs")  # fmt: skip
     if settings["sample"] and settings["no_augmentation"]:
-        print("these few images are only learnt by heart, which shows without a GPU that everything works")
+        print("the network only overfits these few images, which shows without a GPU that everything works")
     elif held_out is None:
         print("no validation: --validate-every N turns it on, and there must be objects to validate on")
     else:

@@ -469,7 +469,7 @@ def test_a_difference_is_more_than_chance_if_its_interval_excludes_0(capsys):
         assert np.sign(result["difference"]) == sign
         assert (low > 0, high < 0) == (sign > 0, sign < 0)
         printed = capsys.readouterr().out
-        assert "difference to other.json: " in printed
+        assert "difference from other.json: " in printed
         assert f"it {verdict}" in printed
     assert low == high == 0
 
@@ -688,7 +688,7 @@ def test_the_page_is_one_file_that_shows_all(random_objects, pictures, tmp_path)
     assert "<dog>" not in text
     assert "&lt;x&gt;.pth, data d, split VAL" in text
     assert "<p>&lt;note&gt;</p>" in text
-    assert "Difference to &lt;o&gt;.json: +0.2500, interval -0.1250 to +0.5000" in text
+    assert "Difference from &lt;o&gt;.json: +0.2500, interval -0.1250 to +0.5000" in text
     assert "AP 0.1250, AP50 none" in text
     assert "down to a score of 0.03" in text
     assert "caf?0000" in text
@@ -745,7 +745,7 @@ def test_errors_are_printed_and_written_and_earlier_results_lack_them(coco, scor
     del results["errors"]
     (tmp_path / "earlier.json").write_text(json.dumps(results))
     score_as_detected(folder, detections, "--against", tmp_path / "earlier.json", "--bootstrap", 9)
-    assert f"difference to {tmp_path / 'earlier.json'}: +0.0000" in capsys.readouterr().out
+    assert f"difference from {tmp_path / 'earlier.json'}: +0.0000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
