@@ -105,11 +105,11 @@ def parse_arguments(arguments=None):
 
 def _parse_share(sources):
     """Return the share that --validation was given, or None if it was given sources or nothing."""
-    try:
-        share = float(sources[0]) if sources else None
-    except ValueError:
+    if not sources or len(sources) > 1:
         return None
-    if share is None or len(sources) > 1:
+    try:
+        share = float(sources[0])
+    except ValueError:
         return None
     if not 0 < share < 1 and not os.path.isdir(sources[0]):
         raise InputError(f"--validation {sources[0]}: a share must lie between 0 and 1")

@@ -72,16 +72,16 @@ class PascalVOCDataset(Dataset):
         names = [os.path.basename(path) for path in self.images]
         digest = hashlib.sha256(f"[{json.dumps(names)}, [".encode())
         for index, entry in enumerate(self.objects):
-            digest.update((", " * (index > 0) + json.dumps(entry)).encode())
+            digest.update(((", " if index else "") + json.dumps(entry)).encode())
         digest.update(b"]]")
         return digest.hexdigest()
 
 
 def collate_fn(batch):
-    """Join samples: images (N, 3, S, S), uint8, and three lists of N tensors, since images differ in objects."""
+    """Join samples: images (N, 3, S, S), uint8, and three lists of N tensors, as the numbers of objects differ."""
     images, *objects = zip(*batch, strict=True)
     counts = [len(boxes) for boxes in objects[0]]
-    # The tensors of a list are views of one tensor: a worker pays for each tensor that it hands over.
+    # The tensors of a list are views of one tensor: a worker then shares one block of memory per list, not N.
     boxes, labels, difficulties = (list(torch.cat(values).split(counts)) for values in objects)
     return default_collate(list(images)), boxes, labels, difficulties
 
@@ -95,7 +95,7 @@ class TrainingSampler(Sampler):
     :param n_images: size of the data set
     :param batch_size: images per batch
     :param seed: of the order
-    :param share: (rank, number) of the processes that share each batch
+    :param share: (rank of this process, number of processes that share each batch)
     """
 
     def __init__(self, n_images, batch_size, seed, stop, start=0, share=(0, 1)):

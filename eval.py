@@ -200,8 +200,8 @@ def evaluate(loader, model, limits=EVALUATION_LIMITS, precision="fp32"):
     :param loader: batches of `collate_fn`, of a data set that keeps difficult objects
     :param model: SSD300 with its label_map
     :param limits, precision: see `detect_all`
-    :return: Evaluation of: results, plain values by name, as from `detect_all` and `score`, and "images", their number;
-        curves; detections; ground_truth
+    :return: Evaluation: results, plain values by name, those of `detect_all` and `score` and "images", the number of
+        images; curves; detections; ground_truth
     """
     detections, ground_truth, figures = detect_all(loader, model, limits, precision)
     results, curves = score(detections, ground_truth, model.label_map)
@@ -239,7 +239,7 @@ def bootstrap(*evaluations, n=1000, seed=0):
     :param evaluations: the evidence of each, as from `make_evidence`, of the same images in the same order
     """
     arrays = [_as_arrays(evidence) for evidence in evaluations]
-    n_images = len(arrays[0][0][2])
+    n_images = len(arrays[0][0][2])  # the length of any class's `objects`
     rng = np.random.default_rng(seed)
     means = np.zeros((len(evaluations), n))
     for sample in tqdm(range(n), "resampling", leave=False, disable=None):

@@ -386,7 +386,8 @@ def create_prior_boxes(priors="paper", size=300):
     if family is None:
         raise ValueError(f"priors of SSD{size} must be one of {', '.join(PRIOR_FAMILIES[size])}, not {priors!r}")
     n_maps = len(FEATURE_MAPS[size])
-    is_positive = all(0 < number < math.inf for numbers in family[:3] for number in numbers)  # False for NaN, too
+    numbers = (*family.scales, *family.steps, *family.aspect_ratios)
+    is_positive = all(0 < number < math.inf for number in numbers)  # False for NaN, too
     lengths = len(family.scales), len(family.steps), len(set(family.aspect_ratios))
     if lengths != (n_maps + 1, n_maps, 4) or not is_positive:
         raise ValueError(f"priors of SSD{size}: {n_maps + 1} scales, {n_maps} steps and 4 aspect ratios, all above 0")
@@ -452,21 +453,21 @@ def build_model(description, source):
     return model
 
 
-def transfer(source, label_map):
-    """Return a network for other classes with the weights of `source`, and the names of the classes carried over.
+def transfer(trained, label_map):
+    """Return a network for other classes with the weights of `trained`, and the names of the classes carried over.
 
     The class heads keep the filters of classes that both know, by COCO's or VOC's spelling; the others are fresh.
     """
-    model = type(source)(len(label_map), pretrained=False, priors=source.priors, pixel_mean=source.pixel_mean)
+    model = type(trained)(len(label_map), pretrained=False, priors=trained.priors, pixel_mean=trained.pixel_mean)
     model.label_map = label_map
-    shared = [name for name in label_map if find_label(name, source.label_map) is not None]
-    ours, theirs = [label_map[name] for name in shared], [find_label(name, source.label_map) for name in shared]
-    weights = model.state_dict()
-    for name, value in source.state_dict().items():
+    shared = [name for name in label_map if find_label(name, trained.label_map) is not None]
+    ours, theirs = [label_map[name] for name in shared], [find_label(name, trained.label_map) for name in shared]
+    weights = model.state_dict()  # shares the model's memory: writing to it changes the model
+    for name, value in trained.state_dict().items():
         if name.startswith("pred_convs.cl_"):
             # (n_priors * n_classes, ...) -> (n_priors, n_classes, ...)
             per_class = weights[name].unflatten(0, (-1, model.n_classes))
-            per_class[:, ours] = value.unflatten(0, (-1, source.n_classes))[:, theirs]
+            per_class[:, ours] = value.unflatten(0, (-1, trained.n_classes))[:, theirs]
         else:
             weights[name].copy_(value)
     return model, shared
@@ -523,10 +524,8 @@ class MultiBoxLoss(nn.Module):
         priors = self.priors_cxcy
         if not predicted_scores.is_cuda:  # leave out the priors that do not count
             image, used = torch.arange(len(true_labels))[:, None], self.find_used(predicted_scores, true_labels)
-            predicted_locs, predicted_scores, true_boxes, true_labels = (
-                values[image, used] for values in (predicted_locs, predicted_scores, true_boxes, true_labels)
-            )
-            priors = priors[used]
+            predicted_locs, predicted_scores = predicted_locs[image, used], predicted_scores[image, used]
+            true_boxes, true_labels, priors = true_boxes[image, used], true_labels[image, used], priors[used]
         positive, background = true_labels > 0, true_labels == 0  # (N, P)
 
         # Compare the boxes of the positives: smooth L1, summed over the four offsets.
@@ -561,7 +560,8 @@ class MultiBoxLoss(nn.Module):
 
         The boxes of background priors are meaningless. Parameters as for `parts`.
         """
-        # Pad every image to the same number of objects n. Nothing waits for a GPU, not even the copy to it.
+        # Pad every image to n objects, at least 1: the length of an extra entry, which is cut off again.
+        # Nothing waits for a GPU, not even the copy to it.
         device, n_objects = self.priors_cxcy.device, max(1, *map(len, boxes))
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1]
         labels = pad_sequence([*labels, labels[0].new_zeros(n_objects)], batch_first=True)[:-1]
@@ -583,8 +583,8 @@ class MultiBoxLoss(nn.Module):
 
         # Assign each object its best prior; the last object wins a shared one.
         best_prior = overlap.argmax(dim=2)  # (N, n)
-        objects = torch.where(is_object, torch.arange(n_objects, device=device), -1)
-        forced = torch.full_like(best_object, -1).scatter_reduce(1, best_prior, objects, "amax")
+        indices = torch.where(is_object, torch.arange(n_objects, device=device), -1)
+        forced = torch.full_like(best_object, -1).scatter_reduce(1, best_prior, indices, "amax")
         best_object = torch.where(forced >= 0, forced, best_object)
         positive = (forced >= 0) | (best_overlap >= self.threshold)
 

@@ -123,10 +123,10 @@ def parse_settings(arguments=None):
     """Return the settings: those given, then those of the sample or of the run to resume, then the defaults."""
     parser = make_parser()
     given = parser.parse_args(arguments)
-    if given.sample and given.data_folder != runs.DATA_FOLDER:
-        raise InputError("--sample trains on images that it makes itself; leave --data-folder out")
     if given.sample:
         parser.set_defaults(**(SAMPLE_ON_GPU if torch.cuda.is_available() else SAMPLE_ON_CPU))
+        if parser.parse_args(arguments).data_folder != parser.get_default("data_folder"):
+            raise InputError("--sample trains on images that it makes itself; leave --data-folder out")
     if given.resume:
         earlier = read_checkpoint(given.resume)["settings"]  # its workers describe a machine, not the run
         parser.set_defaults(**{name: earlier[name] for name in vars(given).keys() & earlier.keys() - {"workers"}})
@@ -195,9 +195,10 @@ def training_set(settings):
 def validation_set(settings):
     """Return the images to validate on, of VAL if it exists, else of TEST; None without validation or any object."""
     split = "VAL" if has_split(settings.data_folder, "VAL") else "TEST"
-    is_wanted = has_split(settings.data_folder, split) if settings.validate_every is None else settings.validate_every
-    dataset = is_wanted and PascalVOCDataset(settings.data_folder, split, keep_difficult=True, size=settings.size)
-    return dataset if dataset and len(dataset.objects.labels) else None
+    if settings.validate_every == 0 or (settings.validate_every is None and not has_split(settings.data_folder, split)):
+        return None
+    dataset = PascalVOCDataset(settings.data_folder, split, keep_difficult=True, size=settings.size)
+    return dataset if len(dataset.objects.labels) else None
 
 
 def chosen_priors(settings):
@@ -210,10 +211,10 @@ def chosen_priors(settings):
 def start_model(settings, label_map):
     """Return the network that a new run starts from."""
     if settings.init_from:
-        source = load_model(settings.init_from, label_map=label_map)
-        if source.size != settings.size:
-            raise InputError(f"{settings.init_from}: is a network of size {source.size}; give --size {source.size}")
-        model, shared = transfer(source, label_map)
+        trained = load_model(settings.init_from, label_map=label_map)
+        if trained.size != settings.size:
+            raise InputError(f"{settings.init_from}: is a network of size {trained.size}; give --size {trained.size}")
+        model, shared = transfer(trained, label_map)
         fresh = [name for name in label_map if name not in shared]
         print(f"{settings.init_from}: took all layers and the class filters of {', '.join(shared)}")
         print(f"freshly initialised: the class filters of {', '.join(fresh) or 'none'}")
@@ -228,7 +229,7 @@ def start_model(settings, label_map):
 
 
 def learning_rate(iteration, settings):
-    """Return the learning rate of an update, from 0: a linear rise (warm-up), then a tenth at each step of decay_at."""
+    """Return the learning rate of an update (0, 1 ...): a linear warm-up, then a tenth at each step of decay_at."""
     warmup = min(1.0, (iteration + 1) / settings.warmup) if settings.warmup else 1.0
     return settings.lr * warmup * 0.1 ** sum(iteration >= step for step in settings.decay_at)
 
@@ -261,8 +262,10 @@ def start_or_resume(settings, dataset, held_out, device, precision):
     if settings.resume:
         checkpoint = read_checkpoint(settings.resume)
         runs.check_same_run(checkpoint, vars(settings), vars(make_parser().parse_args([])), dataset)
-        done, only_exports = checkpoint["iteration"], settings.weights_only and not settings.dry_run
-        if done >= settings.iterations and not (only_exports or runs.validation_is_missing(settings, done)):
+        done = checkpoint["iteration"]
+        if done >= settings.iterations and (
+            settings.dry_run or not (settings.weights_only or runs.validation_is_missing(settings, done))
+        ):
             raise InputError(
                 f"{settings.resume}: has made {done} iterations already; to go on, raise --iterations and --decay-at"
             )
@@ -278,7 +281,7 @@ def start_or_resume(settings, dataset, held_out, device, precision):
         model = start_model(settings, dataset.label_map)
     model.to(device).train()
     if device.type == "cuda":  # on a CPU it slows the backward pass down
-        for part in model.children():  # not rescale_factors, of whose gradient DistributedDataParallel would complain
+        for part in model.children():  # not rescale_factors: DistributedDataParallel would warn about its gradient
             part.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -289,17 +292,11 @@ def start_or_resume(settings, dataset, held_out, device, precision):
 
 def training_loader(settings, dataset, iteration, device):
     """Return the loader of this process's share of the batches from an iteration on."""
-    if settings.batch_size < devices.n_processes():
-        raise InputError(
-            f"--batch-size {settings.batch_size}: too small for {devices.n_processes()} processes; give more"
-        )
+    rank, n_processes = devices.rank(), devices.n_processes()
+    if settings.batch_size < n_processes:
+        raise InputError(f"--batch-size {settings.batch_size}: too small for {n_processes} processes; give more")
     sampler = TrainingSampler(
-        len(dataset),
-        settings.batch_size,
-        settings.seed,
-        settings.iterations,
-        iteration,
-        (devices.rank(), devices.n_processes()),
+        len(dataset), settings.batch_size, settings.seed, settings.iterations, iteration, share=(rank, n_processes)
     )
     workers = devices.share_workers(settings.workers)
     return DataLoader(
@@ -316,7 +313,7 @@ def images_at_once(settings, process=0):
 
 
 def prepare_network(settings, model, precision):
-    """Return the model, distributed over the processes and compiled as the settings say, which this may complete."""
+    """Return the model, distributed and compiled as the settings say; decides on `settings.compile` if it is None."""
     network = model
     if devices.n_processes() > 1:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -394,7 +391,7 @@ def train(settings):
                 record = {"event": "train", "iteration": progress["iteration"], **figures}
                 log.append(record)
                 runlog.show(bar, record, settings.batch_size)
-                if progress["iteration"] % settings.log_every == 0:  # an extra record at the end keeps them
+                if progress["iteration"] % settings.log_every == 0:  # not after the extra record at the end
                     progress["pending"] = []
             if save_now or validate_now or stop:
                 save("checkpoint.pth", must=stop or progress["iteration"] == settings.iterations)
@@ -457,7 +454,7 @@ def stop_if_not_finite(losses, model, scaler, iteration, loader):
     :param losses: what `train_step` returned for each update since the last call
     :param iteration: number of updates made
     :param loader: of the training batches
-    :raises DivergenceError: naming the iteration and its images
+    :raises DivergenceError: naming the iteration and, unless only the weights are not finite, its images
     """
     losses = devices.sum_over_processes(torch.stack(losses)).cpu()  # waits for the GPU
     # With fp16 the scaler handles gradients that are not finite: it skips the update.
@@ -510,7 +507,7 @@ def validate_and_keep_best(loader, model, criterion, precision, log, save, progr
     is_best = loss < progress["best_loss"] if mean is None else mean > progress["best_map"]
     progress["best_loss"] = min(loss, progress["best_loss"])
     progress["best_map"] = max(-1.0 if mean is None else mean, progress["best_map"])
-    if is_best:  # saved before the log says that the validation is done: a killed run repeats it otherwise
+    if is_best:  # save before logging: a run that is killed in between repeats the validation when it is resumed
         save("best.pth", chosen_on=split)
     pictures = example_pictures(loader.dataset, model, PICTURE_LIMITS) if log.board else ()
     log.append({"event": "validation", "iteration": progress["iteration"], "split": split, **result}, pictures)

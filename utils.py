@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from support.files import InputError
 from support.images import decoding, upright_rgb
-from support.labels import label_color_map, label_map, make_label_map, voc_labels  # noqa: F401
+from support.labels import label_color_map, label_map, label_names, make_label_map, voc_labels  # noqa: F401
 from support.voc import create_data_lists, parse_annotation  # noqa: F401
 
-rev_label_map = {index: name for name, index in label_map.items()}
+rev_label_map = label_names(label_map)
 
 # ---------------------------------------------------------------------------------------------------------
 # Boxes: xy is (x_min, y_min, x_max, y_max), cxcy is (c_x, c_y, w, h), gcxgcy are offsets from priors
@@ -390,8 +390,8 @@ def precision_recall_curves(
 
     # Judge the detections, best first: the first one that matches an object is right.
     order = np.argsort(-det_scores, kind="stable")
-    columns = (det_labels, det_scores, det_image, _index_in_group(det_image), overlaps, matched)
-    labels, scores, images, indices, overlaps, matched = (values[order] for values in columns)
+    labels, scores, images = det_labels[order], det_scores[order], det_image[order]
+    indices, overlaps, matched = _index_in_group(det_image)[order], overlaps[order], matched[order]
     matches = overlaps >= MIN_TRUE_OVERLAP
     ignored = np.zeros_like(matches)
     ignored[matches] = true_difficulties[matched[matches]] != 0
@@ -399,14 +399,14 @@ def precision_recall_curves(
     _, first_of_object = np.unique(matched[candidates], return_index=True)
     right = np.zeros_like(matches)
     right[candidates[first_of_object]] = True
-    matched = np.append(_index_in_group(true_image), -1)[matched]  # now in the image; -1 takes the appended -1
+    matched = np.append(_index_in_group(true_image), -1)[matched]  # now the index in the image; -1 stays -1
 
     curves = {}
     for name, label in label_map.items():
         if label == 0:
             continue
         n_objects = np.bincount(true_image[(true_labels == label) & (true_difficulties == 0)], minlength=n_images)
-        of_class = np.flatnonzero((labels == label) & ~ignored)  # far faster to select by than the mask itself
+        of_class = np.flatnonzero((labels == label) & ~ignored)  # indices select far faster than a mask
         true_positives = np.cumsum(right[of_class])
         precision = true_positives / np.arange(1, len(true_positives) + 1)
         recall = true_positives / max(n_objects.sum(), 1)
@@ -416,11 +416,11 @@ def precision_recall_curves(
 
 
 def _concatenate(boxes, labels, values):
-    """Return arrays of all images in one: image index (n,), boxes (n, 4) as a tensor, labels (n,) and values (n,)."""
+    """Join the images: return image indices (n,), boxes (n, 4) as a tensor, labels (n,) and values (n,)."""
     counts = [len(image_boxes) for image_boxes in boxes]
     if not counts == [len(image_labels) for image_labels in labels] == [len(image_values) for image_values in values]:
-        n_images = f"{len(boxes)}, {len(labels)} and {len(values)} images"
-        raise ValueError(f"boxes, labels and scores (or difficulties) differ in number: of {n_images}, or in an image")
+        images = f"{len(boxes)}, {len(labels)} and {len(values)} images"
+        raise ValueError(f"boxes, labels and scores (or difficulties) differ in number: of {images}, or in an image")
 
     def join(parts, *shape):
         return torch.cat([torch.zeros(0, *shape), *(part.cpu() for part in parts)]).double()
@@ -435,13 +435,13 @@ def _index_in_group(group):
 
 
 def best_objects(det_keys, det_boxes, true_keys, true_boxes):
-    """Find, for each detection, the object with the same key that it overlaps most, the first of equals.
+    """Find, for each detection, the object with the same key that it overlaps most, the first if several are equal.
 
     :param det_keys, true_keys: (d,), (n,) integers
     :param det_boxes, true_boxes: (d, 4), (n, 4) tensors, xy
     :return: overlap (d,) and index of the object (d,); 0 and -1 if no object has the key
     """
-    # List all pairs with equal keys: in order of keys, each detection has `counts` objects from `first` on.
+    # List all pairs with equal keys: of the objects sorted by key, each detection has `counts`, from `first` on.
     by_key = np.argsort(true_keys, kind="stable")
     first = np.searchsorted(true_keys[by_key], det_keys, side="left")
     counts = np.searchsorted(true_keys[by_key], det_keys, side="right") - first
@@ -451,7 +451,7 @@ def best_objects(det_keys, det_boxes, true_keys, true_boxes):
     overlaps = jaccard_overlap(det_boxes[detections], true_boxes[objects])
     overlaps = overlaps.nan_to_num(0).numpy()  # a box that is not finite overlaps nothing
 
-    # Take the best pair of each detection. Of assignments to one index the last counts; reversed, it is the first pair.
+    # Take the best pair of each detection. The last assignment to an index wins, so pairs are reversed for the first.
     best_overlap, best_object = np.zeros(len(det_keys)), np.full(len(det_keys), -1)
     np.maximum.at(best_overlap, detections, overlaps)
     is_best = (overlaps == best_overlap[detections])[::-1]

@@ -27,7 +27,7 @@ NO_IMAGE = "object of an image that its file does not list"
 class Object(NamedTuple):
     """A valid object of an annotation."""
 
-    number: int  # that its file knows it by: see Annotation.unit
+    number: int | str  # of the object in its file: see Annotation.unit; a text if COCO's file gives it no id
     name: str  # of its class
     box: list  # x_min, y_min, x_max, y_max in 0-based pixels
     difficult: int  # 0 or 1

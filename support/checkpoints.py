@@ -190,13 +190,11 @@ def read_origin(source):
     :param source: as for `read_weights`
     :return: {"data_folder": that it was trained on, "chosen_on": split whose score chose this network from its run}
     """
-    origin = {"data_folder": None, "chosen_on": None}
     try:
         contents = _read(source)
-        origin |= {"data_folder": str(contents["settings"]["data_folder"]), "chosen_on": contents.get("chosen_on")}
+        return {"data_folder": str(contents["settings"]["data_folder"]), "chosen_on": contents.get("chosen_on")}
     except Exception:  # the file has no such facts, or cannot be read; then load_model says why
-        pass
-    return origin
+        return {"data_folder": None, "chosen_on": None}
 
 
 def _describe(contents, parameter_names, label_map, source):
@@ -270,10 +268,9 @@ def _names_in(system, parameter_names):
     """Return the names that a system gives to our parameters, in our order."""
     if "scale" not in system:
         return parameter_names
-    n_auxiliary, n_maps = (
-        sum(name.startswith(prefix) and name.endswith("weight") for name in parameter_names)
-        for prefix in ("aux_convs.", "pred_convs.loc_")
-    )
+    weights = [name for name in parameter_names if name.endswith(".weight")]
+    n_auxiliary = sum(name.startswith("aux_convs.") for name in weights)
+    n_maps = sum(name.startswith("pred_convs.loc_") for name in weights)
     predictions = [f"{layer}.{number}" for layer in system["predictions"] for number in range(n_maps)]
     layers = [*system["base"], *system["auxiliary"][:n_auxiliary], *predictions]
     return [system["scale"], *_weights_and_biases(layers)]

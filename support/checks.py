@@ -10,7 +10,7 @@ preview(PascalVOCDataset("data/voc", "TRAIN"), 8, criterion).save("preview.jpg")
 import hashlib
 import itertools
 import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 
 import numpy as np
 from PIL import Image
@@ -40,7 +40,7 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
     :param priors: arrays (rows, columns, shapes, 4), fractional cxcy, one per feature map
     :param jaccard_overlap: function of boxes (n, 4) and (n, 4), xy, that returns their overlaps (n,)
     :param threshold: jaccard overlap from which a prior matches an object
-    :return: two dicts, problem -> lines that name the file: what makes training impossible, and what is worth a look;
+    :return: two dicts, kind -> lines that name the file: what makes training impossible, and what is worth a look;
         and split -> boxes (n, 4), fractional xy, of the objects inside images of known size, and the highest overlap
         (n,) of each with any prior
     """
@@ -55,8 +55,8 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
         present = set()
         for annotation in annotations:
             present.update(item.name for item in annotation.objects)
-            for problem, line in find_problems(annotation):
-                breaking[problem].append(line)
+            for kind, line in find_problems(annotation):
+                breaking[kind].append(line)
             _check_boxes(annotation, odd)
         objects[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
         if present or split == "TRAIN":  # test images may have no annotations at all
@@ -66,15 +66,15 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
 
 
 def _without_duplicates(problems):
-    """Return the problems that have lines, with each line once: an image may be in several splits."""
-    return {problem: list(dict.fromkeys(lines)) for problem, lines in problems.items() if lines}
+    """Return the kinds of problems that have lines, with each line once: an image may be in several splits."""
+    return {kind: list(dict.fromkeys(lines)) for kind, lines in problems.items() if lines}
 
 
 def check_images(splits):
     """Read all images, with one process per core; enter their sizes and problems in their annotations.
 
     :param splits: {"TRAIN": annotations, "TEST": the same ...}
-    :return: a dict, problem -> lines that name the file, of what is worth a look; and images that are nearly the same,
+    :return: a dict, kind -> lines that name the file, of what is worth a look; and images that are nearly the same,
         the closest first, as `leaks.draw_near_copies` takes them
     """
     paths = SharedPaths(sorted({annotation.image for annotations in splits.values() for annotation in annotations}))
@@ -95,35 +95,38 @@ def check_images(splits):
                 odd["size in the annotation that is not the image's"].append(line)
             annotation.size = size
     readable = {
-        split: [path for path in dict.fromkeys(annotation.image for annotation in annotations) if facts[path][0]]
+        split: [path for path in dict.fromkeys(annotation.image for annotation in annotations) if facts[path].size]
         for split, annotations in splits.items()
     }
     for one, other in itertools.combinations(splits, 2):
-        digests = {facts[path][1]: path for path in readable[one]}
-        copies = {path: digests[facts[path][1]] for path in readable[other] if facts[path][1] in digests}
+        digests = {facts[path].digest: path for path in readable[one]}
+        copies = {path: digests[facts[path].digest] for path in readable[other] if facts[path].digest in digests}
         odd[f"same image in {one} and {other}"] += [
             f"{path}: same as {twin}" for path, twin in copies.items() if path != twin
         ]
         rest = [path for path in readable[other] if path not in copies]
-        pairs = find_near_copies(*([facts[path][2] for path in paths] for paths in (readable[one], rest)))
+        pairs = find_near_copies([facts[path].hash for path in readable[one]], [facts[path].hash for path in rest])
         share = len(pairs) / max(1, len(readable[other]))
-        problem = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
+        kind = f"nearly the same image in {one} and {other}, {share:.1%} of {other}"
         for index, twin_index, distance in pairs:
             path, twin = rest[index], readable[one][twin_index]
-            odd[problem].append(f"{path}: like {twin}")
+            odd[kind].append(f"{path}: like {twin}")
             near_copies.append((other, path, one, twin, distance))
     near_copies.sort(key=lambda pair: pair[-1])
     return _without_duplicates(odd), near_copies
 
 
+Facts = namedtuple("Facts", "size digest hash problem")  # of an image file; None for what is unknown
+
+
 def _read_facts(path):
-    """Return (size, digest, perceptual hash, problem) of an image; None for what is unknown."""
+    """Return the Facts of an image file."""
     try:
         image = read_image(path)
         with open(path, "rb") as file:
-            return image.size, hashlib.file_digest(file, "sha256").digest(), perceptual_hash(image), None
+            return Facts(image.size, hashlib.file_digest(file, "sha256").digest(), perceptual_hash(image), None)
     except (InputError, OSError) as error:
-        return None, None, None, str(error)
+        return Facts(None, None, None, str(error))
 
 
 def _check_boxes(annotation, odd):
@@ -152,10 +155,8 @@ def _describe_object(annotation, item):
 def _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd):
     """Report small objects; return boxes and highest overlaps of all objects, as `check` does for a split."""
     pairs = [(annotation, item) for annotation in annotations if annotation.size for item in annotation.objects]
-    pixels, sizes = (
-        np.array(values, np.float64).reshape(-1, length)
-        for values, length in (([item.box for _, item in pairs], 4), ([annotation.size for annotation, _ in pairs], 2))
-    )
+    pixels = np.array([item.box for _, item in pairs], np.float64).reshape(-1, 4)
+    sizes = np.array([annotation.size for annotation, _ in pairs], np.float64).reshape(-1, 2)
     boxes = (pixels / np.tile(sizes, 2)).clip(0, 1)
     overlaps = best_prior_overlaps(boxes, priors, jaccard_overlap)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)  # 0 for boxes outside the image
@@ -199,8 +200,8 @@ def print_problems(breaking, odd, dropped=()):
     for title, problems in ((DROPPED, left_out), (REFUSED, breaking), ("Worth a look:", odd)):
         if problems:
             print(title)
-        for problem, lines in problems.items():
-            print(f"  {problem}: {len(lines)}")
+        for kind, lines in problems.items():
+            print(f"  {kind}: {len(lines)}")
             for line in lines[:N_SHOWN]:
                 print(f"    {line}")
             if len(lines) > N_SHOWN:

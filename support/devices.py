@@ -140,6 +140,22 @@ def compile_network(network, shapes, precision):
     return compiled
 
 
+@functools.cache
+def load_nms():
+    """Return torchvision's operator for non-maximum suppression, the function that `torchvision.ops.nms` calls.
+
+    It is loaded from the library in torchvision's folder. `import torchvision` takes as long as importing PyTorch,
+    because it imports PyTorch's compiler.
+    """
+    folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
+    for library in glob.glob(os.path.join(glob.escape(folder), "_C*")):
+        with suppress(OSError):
+            torch.ops.load_library(library)
+    if not hasattr(torch.ops.torchvision, "nms"):  # another layout of the folder
+        importlib.import_module("torchvision")
+    return torch.ops.torchvision.nms
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------------
@@ -244,19 +260,3 @@ def ignore_signals(_worker=None):
     """Make a loading process ignore signals sent to the whole group: it ends with its parent. A worker_init_fn."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-@functools.cache
-def load_nms():
-    """Return torchvision's operator for non-maximum suppression, the function that `torchvision.ops.nms` calls.
-
-    It is loaded from the library in torchvision's folder. `import torchvision` takes as long as importing PyTorch,
-    because it imports PyTorch's compiler.
-    """
-    folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
-    for library in glob.glob(os.path.join(glob.escape(folder), "_C*")):
-        with suppress(OSError):
-            torch.ops.load_library(library)
-    if not hasattr(torch.ops.torchvision, "nms"):  # another layout of the folder
-        importlib.import_module("torchvision")
-    return torch.ops.torchvision.nms

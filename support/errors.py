@@ -13,7 +13,7 @@ import torch
 from support.results import summarize
 
 KINDS = ("class", "place", "both", "duplicate", "background", "missed")
-MIN_OVERLAP = 0.1  # jaccard overlap below which a detection has nothing to do with an object: TIDE's t_b
+NEAR_OVERLAP = 0.1  # jaccard overlap from which a detection is near an object: TIDE's t_b
 N_EXAMPLES = 12  # of each kind
 
 
@@ -41,9 +41,9 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
 
     1. right, as in `curves`, which leave out detections of difficult objects of their class
     2. duplicate: an overlap of `min_overlap` or more with an object of its class
-    3. place: of MIN_OVERLAP or more with an object of its class
+    3. place: of NEAR_OVERLAP or more with an object of its class
     4. class: of `min_overlap` or more with an object of another class
-    5. both: of MIN_OVERLAP or more with an object of another class
+    5. both: of NEAR_OVERLAP or more with an object of another class
     6. background
 
     This is the order of TIDE's code, except that there a class error goes before a duplicate. In 3 to 5, the object may
@@ -71,7 +71,7 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
     true_images = np.searchsorted(first_object, numbers, side="right") - 1
 
     # Find the object that each detection is about: one of its class or, if all of these are far away, any other.
-    is_near = overlaps >= MIN_OVERLAP
+    is_near = overlaps >= NEAR_OVERLAP
     far = np.flatnonzero(~is_near)
     boxes = torch.cat(detections[0])[first_detection[images[far]] + indices[far]]
     overlaps[far], objects[far] = best_objects(images[far], boxes.double(), true_images, true_boxes.double())
@@ -79,7 +79,7 @@ def find_errors(curves, detections, ground_truth, label_map, best_objects, min_o
     # Tell the kinds.
     matches = overlaps >= min_overlap
     kinds = np.select(
-        [right, is_near & matches, is_near, matches, overlaps >= MIN_OVERLAP],
+        [right, is_near & matches, is_near, matches, overlaps >= NEAR_OVERLAP],
         ["right", "duplicate", "place", "class", "both"], "background",
     )  # fmt: skip
     is_detected = np.isin(numbers, objects[right])

@@ -72,8 +72,8 @@ def _detect_objects(boxes, scores, min_score, max_overlap, top_k):
     is_valid = boxes.isfinite().all(dim=2, keepdim=True)  # a network that diverged detects nothing
     scores = torch.where(is_valid, scores[:, :, 1:], 0)
 
-    # Suppress in each class of each image; the result is a list of indices (image, class, prior). The exporter has to
-    # know that its length depends on the values: any number computed from them says so, and is not in the file.
+    # Suppress in each class of each image; the result is a list of indices (image, class, prior). The exporter must
+    # know that its length depends on the values. Any number computed from them will do; the file does not contain it.
     by_class = scores.transpose(1, 2)  # (N, n_classes - 1, P)
     length = (scores > min_score).sum().item()
     thresholds = torch.tensor([[max_overlap], [min_score]], dtype=torch.float32)

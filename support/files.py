@@ -179,7 +179,7 @@ def write_files(files):
         for path, content in files.items():
             file = all_or_none.enter_context(atomic_writer(path))
             file.writelines([content] if isinstance(content, bytes) else content)
-            _flush(file)
+            _flush(file)  # a full disk is noticed before the first file is replaced
 
 
 def write_json(files):
@@ -199,7 +199,7 @@ def _json_parts(value):
 
 def encode_json(value):
     """Return a value as JSON in UTF-8."""
-    # The backslash of a character that UTF-8 lacks, as in a file name in another encoding, is also JSON's.
+    # A character that UTF-8 lacks, as in a file name in another encoding, becomes \udcXX, which JSON reads back.
     return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
 
 

@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # 
 WRITABLE_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 GRID_COLOR = (150, 150, 150)
 LONGEST_SIDE = 16_383  # pixels, of a WebP image
-MOST_HIDDEN, MOST_HIDDEN_OWN = 1 / 20, 2 / 3  # share of a box that the caption of another, and its own, may cover
+MOST_HIDDEN, MOST_HIDDEN_OWN = 1 / 20, 2 / 3  # share of a box that another box's caption, and its own, may cover
 TILE_MARGIN, TILE_TITLE_HEIGHT, TILE_TITLE_SIZE = 14, 26, 16  # pixels
 UNKNOWN_CHARACTER = "\U0010ffff"  # no font has it
 

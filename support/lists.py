@@ -23,7 +23,7 @@ SPLITS = ("TRAIN", "VAL", "TEST")  # a data folder need not have VAL
 def write_data_lists(lists, label_map, output_folder, coco_ids=None, dropped=None):
     """Write what `label_objects` returns, and the label map, as the JSON lists that the data set reads.
 
-    Files of the folder that are not written now are removed: they would belong to other data.
+    What is left of earlier lists, their pictures included, is removed: it would belong to other data.
 
     :param coco_ids: split -> what `sources.coco_ids` returns
     :param dropped: what `annotations.drop_invalid` returns, for dropped.json
@@ -106,7 +106,7 @@ def read_data_lists(data_folder, split):
 
 
 class _SharedList(Sequence):
-    """A list in tensors: one with the entries' parts in a row, and where in it each entry begins."""
+    """A read-only list in tensors: the contents of all entries one after another, and the offset of each entry."""
 
     def __init__(self, lengths):
         self.offsets = torch.tensor([0, *accumulate(lengths)])
@@ -171,10 +171,9 @@ class SharedObjects(_SharedList):
 
     def __init__(self, arrays):
         super().__init__(arrays.lengths)
-        self.boxes, self.labels, self.difficulties = (
-            torch.from_numpy(np.array(values)) for values in (arrays.boxes, arrays.labels, arrays.difficulties)
-        )
-        self.boxes = self.boxes.reshape(-1, 4)
+        self.boxes = torch.from_numpy(np.array(arrays.boxes)).reshape(-1, 4)
+        self.labels = torch.from_numpy(np.array(arrays.labels))
+        self.difficulties = torch.from_numpy(np.array(arrays.difficulties))
 
     def find_wrong(self, n_classes):
         """Return the index of an entry with a box without area, a wrong label or a wrong difficulty, or None."""

@@ -91,8 +91,8 @@ def check_same_run(checkpoint, settings, defaults, dataset):
         earlier = earlier_settings[name]
         if name in FIXED and earlier != value:
             is_off = earlier is None or earlier is False
-            earlier = f"without {option(name)}" if is_off else f"with {option(name)} {earlier}"
-            raise InputError(f"{source}: this run was started {earlier}, which cannot change; leave {option(name)} out")
+            how = f"without {option(name)}" if is_off else f"with {option(name)} {earlier}"
+            raise InputError(f"{source}: this run was started {how}, which cannot change; leave {option(name)} out")
         if name not in ("resume", "weights_only", "dry_run", "overwrite") and earlier != value and rank() == 0:
             print(f"{option(name)} is {value}, and was {earlier}")
 

@@ -330,6 +330,10 @@ def test_a_resumed_run_starts_with_the_validation_of_its_checkpoint(run, tmp_pat
     with pytest.raises(InputError, match="has made 4 iterations already"):
         resume(tmp_path, "--validate-every", 2)
     resume(tmp_path, "--validate-every", 2, "--iterations", 5)
+    elsewhere = "--validate-every", 2, "--output-folder", tmp_path / "elsewhere"  # without the log
+    resume(tmp_path, *elsewhere)
+    with pytest.raises(InputError, match="has made 4 iterations already"):
+        resume(tmp_path, *elsewhere, "--dry-run")
 
 
 def loader_of(run):
