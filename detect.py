@@ -253,8 +253,9 @@ def parse_arguments(arguments=None):
         raise InputError("--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more")
     if settings.with_nms and not settings.export:
         raise InputError("--with-nms is for --export; give --export FILE.onnx, too")
-    if bool(settings.images) == bool(settings.export):
-        raise InputError("give images or folders of images, a video, or --export FILE.onnx alone")
+    for_images = settings.images, settings.suppress, settings.json, settings.output_folder
+    if any(for_images) if settings.export else not settings.images:
+        raise InputError("give images or folders of images, a video, or only --export FILE.onnx (and --with-nms)")
 
     has_folders = any(map(os.path.isdir, settings.images))
     settings.images = list(dict.fromkeys(image for path in settings.images for image in list_images(path)))  # each once
@@ -344,8 +345,7 @@ def _process_files(settings, model, limits):
     if settings.output_folder:
         make_folder(settings.output_folder)
     colors = label_color_map(model.label_map)
-    results = find_in_files(settings.images, model, limits, settings.suppress)
-    n_failed = 0
+    results, n_failed = find_in_files(settings.images, model, limits, settings.suppress), 0
     with atomic_writer(settings.json) if settings.json else nullcontext() as json_file:
         bar = tqdm(results, "detecting", len(settings.images), unit="image", leave=False, disable=None)
         for path, size, detections, error in bar:

@@ -140,6 +140,9 @@ def test_images_in_batches_have_the_same_detections_as_each_alone(model, photos)
     [
         ([], "give images or folders"),
         (["a.jpg", "--export", "x.onnx"], "give images or folders"),
+        (["--export", "x.onnx", "--suppress", "dog"], "only --export FILE.onnx"),
+        (["--export", "x.onnx", "--json", "x.json"], "only --export FILE.onnx"),
+        (["--export", "x.onnx", "--output-folder", "x"], "only --export FILE.onnx"),
         (["a.jpg", "b.jpg", "--output", "x.jpg"], "--output is for one image"),
         (["a.jpg", "b.jpg", "--explain"], "--explain is for one image"),
         (["a.jpg", "--explain", "--json", "x"], "--explain and --json cannot be combined"),
