@@ -55,7 +55,7 @@ def parse_arguments(arguments=None):
     add("--seed", type=int, default=0,
         help="seed of --split, --validation SHARE, --preview and --sample [%(default)s]")  # fmt: skip
     add("--labels", metavar="FILE",
-        help="class names, one per line, or a JSON label map; auto: all annotated [VOC's, or COCO's]")  # fmt: skip
+        help="names, one per line, or a JSON label map; auto: all that occur [VOC's; COCO's with --coco]")  # fmt: skip
     add("--ignore-unknown", action="store_true", help="leave out objects of other classes")
     add("--drop-invalid", action="store_true",
         help="leave out objects that cannot be trained on and images that cannot be read (with --check), and list them "

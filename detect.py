@@ -249,13 +249,16 @@ def parse_arguments(arguments=None):
     `video` is the path of the video if `images` is one, else None.
     """
     settings = _make_parser().parse_args(arguments)
+    settings.limits = Limits(settings.min_score, settings.max_overlap, settings.top_k)
     if not (0 <= settings.min_score <= 1 and 0 <= settings.max_overlap <= 1 and settings.top_k >= 1):
         raise InputError("--min-score and --max-overlap must be in 0 ... 1, and --top-k 1 or more")
+    is_for_images = settings.images or settings.suppress or settings.json or settings.output_folder
+    if settings.export and (is_for_images or (settings.limits != DETECTION_LIMITS and not settings.with_nms)):
+        raise InputError("--export takes no images, --suppress, --json, --output-folder; limits need --with-nms")
     if settings.with_nms and not settings.export:
         raise InputError("--with-nms is for --export; give --export FILE.onnx, too")
-    for_images = settings.images, settings.suppress, settings.json, settings.output_folder
-    if any(for_images) if settings.export else not settings.images:
-        raise InputError("give images or folders of images, a video, or only --export FILE.onnx (and --with-nms)")
+    if not settings.export and not settings.images:
+        raise InputError("give images or folders of images, a video, or --export FILE.onnx")
 
     has_folders = any(map(os.path.isdir, settings.images))
     settings.images = list(dict.fromkeys(image for path in settings.images for image in list_images(path)))  # each once
@@ -265,24 +268,21 @@ def parse_arguments(arguments=None):
         raise InputError(f"{settings.video}: give a video alone, without --explain and --output-folder")
     if settings.every < 1 or (settings.every > 1 and not settings.video):
         raise InputError("--every must be 1 or more, and is for a video")
+    if settings.explain and (settings.json or settings.output_folder or not is_one_file):
+        raise InputError("--explain is for one image, without --json and --output-folder; its picture goes to --output")
     if is_one_file and not settings.output_folder:
         stem, suffix = os.path.splitext(settings.images[0])
         if not suffix and not os.path.exists(stem):
             raise InputError(f"{stem}: no such file or folder; give images, or folders of them")
         writable, other_suffix = (WRITABLE_VIDEOS, DEFAULT_SUFFIX) if settings.video else (WRITABLE_FORMATS, ".jpg")
         suffix = suffix if suffix.lower() in writable else other_suffix
-        default = f"{stem}_explained.png" if settings.explain else f"{stem}_detected{suffix}"
-        settings.output = settings.output or default
+        settings.output = settings.output or stem + ("_explained.png" if settings.explain else f"_detected{suffix}")
         if os.path.splitext(settings.output)[1].lower() not in writable:
             raise InputError(f"{settings.output}: give an --output that ends in {', '.join(writable)}")
     elif settings.output:
         raise InputError("--output is for one image, and --output-folder for several; give one of them")
-    elif settings.explain:
-        raise InputError("--explain is for one image, and its picture goes to --output")
     elif not settings.export:
         settings.output_folder = settings.output_folder or "detected"
-    if settings.explain and settings.json:
-        raise InputError("--explain and --json cannot be combined; give one of them")
 
     check_outputs(
         settings.output, settings.json, settings.export,
@@ -325,27 +325,27 @@ def main():
     if settings.output:  # report a bad file before a model is downloaded
         next(read_frames(settings.video)) if settings.video else read_image(settings.images[0])
     model = load_model(settings.checkpoint, device)
-    limits = Limits(settings.min_score, settings.max_overlap, settings.top_k)
     if settings.export:
-        export_onnx(model, model.label_map, settings.export, limits if settings.with_nms else None)
+        export_onnx(model, model.label_map, settings.export, settings.limits if settings.with_nms else None)
         print(f"network: {settings.export}")
         return
     model.to(memory_format=torch.channels_last)
     if settings.explain:
-        write_image(explain(read_image(settings.images[0]), model, *limits, settings.suppress), settings.output)
+        image = read_image(settings.images[0])
+        write_image(explain(image, model, *settings.limits, settings.suppress), settings.output)
         print(f"explanation: {settings.output}")
     elif settings.video:
-        _process_video(settings, model, limits)
-    elif _process_files(settings, model, limits):
+        _process_video(settings, model)
+    elif _process_files(settings, model):
         sys.exit(2 if settings.output else 1)
 
 
-def _process_files(settings, model, limits):
+def _process_files(settings, model):
     """Detect objects in all images, print them, and write annotated copies and JSON; return how many images failed."""
     if settings.output_folder:
         make_folder(settings.output_folder)
     colors = label_color_map(model.label_map)
-    results, n_failed = find_in_files(settings.images, model, limits, settings.suppress), 0
+    results, n_failed = find_in_files(settings.images, model, settings.limits, settings.suppress), 0
     with atomic_writer(settings.json) if settings.json else nullcontext() as json_file:
         bar = tqdm(results, "detecting", len(settings.images), unit="image", leave=False, disable=None)
         for path, size, detections, error in bar:
@@ -364,11 +364,11 @@ def _process_files(settings, model, limits):
     return n_failed
 
 
-def _process_video(settings, model, limits):
+def _process_video(settings, model):
     """Detect objects in a video, write its annotated copy and JSON, and print the time that a frame takes."""
     colors = label_color_map(model.label_map)
     start = time.perf_counter()
-    results = find_in_frames(read_frames(settings.video), model, limits, settings.suppress, settings.every)
+    results = find_in_frames(read_frames(settings.video), model, settings.limits, settings.suppress, settings.every)
     lines = atomic_writer(settings.json) if settings.json else nullcontext()
     with lines as json_file, video_copy(settings.video, settings.output) as write_frame:
         bar = tqdm(results, "detecting", count_frames(settings.video), unit="frame", leave=False, disable=None)

@@ -560,7 +560,7 @@ class MultiBoxLoss(nn.Module):
 
         The boxes of background priors are meaningless. Parameters as for `parts`.
         """
-        # Pad every image to n objects, at least 1: the length of an extra entry, which is cut off again.
+        # Pad every image to n objects, at least 1: an extra entry of length n does that, and is cut off again.
         # Nothing waits for a GPU, not even the copy to it.
         device, n_objects = self.priors_cxcy.device, max(1, *map(len, boxes))
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(n_objects, 4)], batch_first=True)[:-1]

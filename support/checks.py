@@ -59,7 +59,7 @@ def check(splits, label_map, priors, jaccard_overlap, threshold=0.5):
                 breaking[kind].append(line)
             _check_boxes(annotation, odd)
         objects[split] = _check_overlaps(annotations, priors, jaccard_overlap, threshold, odd)
-        if present or split == "TRAIN":  # test images may have no annotations at all
+        if present or split != "TEST":  # test images may have no annotations at all
             present.add("background")
             odd[f"class without objects in {split}"] += [name for name in label_map if name not in present]
     return _without_duplicates(breaking), _without_duplicates(odd), objects

@@ -39,10 +39,10 @@ def name_hardware():
 
 def count_cores(most=16):
     """Return the number of cores that the processes on this machine may use, but no more than `most` for each."""
-    n_processes_here = _n_processes_here()
-    process = os.getppid() if n_processes_here > 1 else 0  # torchrun can bind each process to cores of its own
+    # torchrun, the parent, can bind each of its processes to cores of its own.
+    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
     available = len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, most * n_processes_here)
+    return min(available, most * _n_processes_here())
 
 
 def share_workers(n):

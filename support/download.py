@@ -98,8 +98,7 @@ def fetch_weights(url, alternative):
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # the network, the disk and a broken file raise different errors
         raise InputError(
-            f"cannot download torchvision's weights ({_first_line(error)}): save {url} as {cache_file}, "
-            f"or {alternative}"
+            f"cannot get torchvision's weights ({_first_line(error)}): save {url} as {cache_file}, or {alternative}"
         ) from error
 
 

@@ -74,8 +74,11 @@ def test_loading_processes_are_counted_per_machine_and_shared_by_its_processes(m
     assert (count_cores(), share_workers(5), share_workers(1), share_workers(0)) == (32, 3, 1, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert (count_cores(), share_workers(count_cores())) == (64, 8)
-    cores_of = {os.getppid(): range(64), 0: range(8)}  # torchrun --numa-binding
+    cores_of = {7: range(64), 0: range(8)}  # torchrun --numa-binding
     monkeypatch.setattr(os, "sched_getaffinity", cores_of.get, raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 7)
+    assert (count_cores(), share_workers(count_cores())) == (8, 1)  # another launcher, whose cores say nothing
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert (count_cores(), share_workers(count_cores())) == (64, 8)
 
 
