@@ -205,8 +205,11 @@ def _sample_window(image, window, boxes, size=IMAGE_SIZE, flip=False, rng=None, 
     :return: pixels (3, size, size), uint8; boxes (n, 4), fractional xy
     """
     low, high, out_low, out_size = _visible_part(window, image.size, size)
+    output = torch.empty(3, size, size, dtype=torch.uint8)
+    if (out_size < size).any():
+        output.copy_(_FILLING)
     if (out_size == 0).any():
-        return _FILLING.expand(3, size, size).clone(), boxes
+        return output, boxes
 
     # Decode the image. Training takes the smallest size that has a pixel for each pixel of the output.
     reduction = 8 if rng else 1
@@ -220,11 +223,8 @@ def _sample_window(image, window, boxes, size=IMAGE_SIZE, flip=False, rng=None, 
     scale = out_size / (high - low)
     boxes = (((boxes.reshape(-1, 2, 2) - low) * scale + out_low) / size).reshape(-1, 4)
 
-    # Distort the colours, round to bytes, fill the area around the image, mirror.
+    # Distort the colours, round to bytes, mirror.
     (left, top), (right, bottom) = out_low.tolist(), (out_low + out_size).tolist()
-    output = torch.empty(3, size, size, dtype=torch.uint8)
-    if (out_size < size).any():
-        output.copy_(_FILLING)
     visible = output[:, top:bottom, left:right]
     if rng:
         photometric_distort(pixels, rng, out=visible)
